@@ -1,0 +1,2253 @@
+"""streamer: watch a MetaGPT team work, live, over WebSocket and SSE. This file is all there is.
+
+    POST /api/tasks → Supervisor → Runner (worker thread) → Broker (per task)
+                    → Subscription (per client) → WebSocket | SSE
+
+Ten sections, bottom-up, nothing used before it is defined: Settings, Errors, Events, Tasks,
+Store, Broker, Runners, Supervisor, Routes, Application. What it promises, and refers to below
+by number:
+
+ 1. Order. A task's events are numbered 1, 2, 3 … without a hole; every client sees them in
+    that order, each once, whenever it connects.
+ 2. End. The last event of a run is its terminal event, the terminal state follows it, then
+    the stream ends. Nothing emitted before it is lost.
+ 3. Independence. A run does not depend on who watches; all watchers see the same events.
+ 4. Slow clients. A client that reads slowly delays nobody and costs bounded memory: it is fed
+    from the log again, and a send blocked for `send_timeout` ends its stream.
+ 5. Fast runners. A runner that emits faster than the loop publishes is held back at `emit`.
+ 6. Cancel. After a cancel no new model call starts, the run ends TASK_CANCELLED, and a late
+    success does not overwrite it. A thread that does not stop within `grace` is abandoned.
+ 7. Honesty. A failed run is FAILED with its reason; secrets reach no event and no log.
+ 8. Isolation. Concurrent tasks share no prompt, cost, model client, file or token.
+ 9. Restart. An event is stored before any client sees it.
+10. Bad input. Any input gets a clear 4xx or `error`; a payload JSON cannot carry is made to fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import types
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, get_type_hints
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import anyio.to_thread
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Message, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+__all__ = ["EventType", "Run", "Settings", "create_app", "run_metagpt", "run_scripted", "serve"]
+
+logger = logging.getLogger("streamer")
+
+
+# -----------------------------------------------------------------------------
+# Settings
+# -----------------------------------------------------------------------------
+
+
+class SettingsError(ValueError):
+    """A setting that does not parse or makes no sense; the message names it."""
+
+
+def _setting(default: Any, help: str, low: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an operator can set: a field is STREAMER_<FIELD> in the environment and --<field> as a flag.
+
+    Raises SettingsError, which names the field, for a value out of its range.
+    """
+
+    host: str = _setting("127.0.0.1", "address to listen on, a loopback one: there is no authentication")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
+    test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
+    workspace: Path = _setting(Path("workspace"), "folder of the tasks' files, one folder a task")
+    max_running: int = _setting(4, "tasks that run at once", low=1)
+    max_waiting: int = _setting(100, "started tasks that wait for a free slot", low=0)
+    max_tasks: int = _setting(1000, "tasks kept; beyond it the oldest ended ones are forgotten", low=1)
+    max_events: int = _setting(20000, "events kept of a task; beyond it the oldest are dropped", low=10)
+    max_event_bytes: int = _setting(65536, "bytes of an event's payload; a larger one is cut", low=256)
+    max_prompt: int = _setting(32000, "characters of a prompt", low=1)
+    max_sockets: int = _setting(1000, "clients that watch at once, over WebSocket and SSE", low=1)
+    subscriber_buffer: int = _setting(256, "events a client may lag before it is fed from the log", low=1)
+    heartbeat: float = _setting(15.0, "seconds of silence after which a state is sent", low=0.05)
+    send_timeout: float = _setting(20.0, "seconds a client may stay blocked", low=0.05)
+    grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0)
+    task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, low = getattr(self, item.name), item.metadata["low"]
+            if low is not None and not low <= value < math.inf:
+                raise SettingsError(f"{item.name} must be a number of at least {low:g}, not {value!r}")
+        if self.port > 65535:
+            raise SettingsError(f"port must be at most 65535, not {self.port}")
+        if self.host not in ("localhost", "::1") and not re.fullmatch(r"127(\.\d{1,3}){3}", self.host):
+            why = "there is no authentication yet; put a proxy that has it in front"
+            raise SettingsError(f"host must be a loopback address such as 127.0.0.1, not {self.host!r}: {why}")
+        # MetaGPT's git library changes the process's current folder while it works.
+        object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None, **flags: str | None) -> Settings:
+        """Reads `environ` (default: os.environ); a flag that is not None wins. Raises SettingsError."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for name, kind in get_type_hints(cls).items():
+            source, text = f"--{name.replace('_', '-')}", flags.get(name)
+            if text is None:
+                source = f"STREAMER_{name.upper()}"
+                text = environ.get(source)
+            if text is not None:
+                try:
+                    values[name] = parse_bool(text) if kind is bool else kind(text)
+                except ValueError:
+                    noun = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+                    raise SettingsError(f"{source} must be {noun}, not {text!r}") from None
+        return cls(**values)
+
+
+def parse_bool(text: str) -> bool:
+    """Raises ValueError for anything but true, false, yes, no, on, off, 1 and 0."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise ValueError(text)
+
+
+# -----------------------------------------------------------------------------
+# Errors
+# -----------------------------------------------------------------------------
+
+
+class StreamerError(Exception):
+    """A condition a client is told of: the HTTP status, the WebSocket close code, and a message for people."""
+
+    status: ClassVar[int] = 500
+    close_code: ClassVar[int] = 1011
+    retry_after: ClassVar[int | None] = None  # seconds
+
+    def __init_subclass__(cls, status: int = 500, close_code: int = 1011, retry_after: int | None = None) -> None:
+        cls.status, cls.close_code, cls.retry_after = status, close_code, retry_after
+
+    def as_dict(self) -> dict[str, str]:
+        code = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return {"code": code, "message": str(self)}
+
+
+# fmt: off
+class InvalidRequest(StreamerError, status=400, close_code=1008): ...
+class UnsupportedMediaType(StreamerError, status=415, close_code=1008): ...
+class RequestTimeout(StreamerError, status=408, close_code=1008): ...
+class PayloadTooLarge(StreamerError, status=413, close_code=1009): ...
+class TaskNotFound(StreamerError, status=404, close_code=4404): ...
+class ArtifactNotFound(StreamerError, status=404, close_code=4404): ...
+class TaskEnded(StreamerError, status=409, close_code=1008): ...
+class IdempotencyConflict(StreamerError, status=422, close_code=1008): ...
+class TooManyTasks(StreamerError, status=429, close_code=1013, retry_after=5): ...
+class TooManyClients(StreamerError, status=503, close_code=1013, retry_after=5): ...
+class SlowClient(StreamerError, status=503, close_code=1013): ...
+class ServerClosing(StreamerError, status=503, close_code=1001, retry_after=5): ...
+class IllegalTransition(StreamerError): ...  # a fault of this program, never of a client
+class RunFailed(StreamerError): ...  # the message is a reason a person can act on
+# fmt: on
+
+
+class RunCancelled(BaseException):
+    """Raised in a runner's thread by `Run.check_cancelled`; no `except Exception` there swallows it."""
+
+
+# -----------------------------------------------------------------------------
+# Events
+# -----------------------------------------------------------------------------
+
+
+class EventType(StrEnum):
+    TASK_START = "TASK_START"
+    AGENT_START = "AGENT_START"
+    AGENT_COMPLETE = "AGENT_COMPLETE"
+    MESSAGE = "MESSAGE"
+    TOKEN = "TOKEN"
+    ARTIFACT = "ARTIFACT"
+    LOG = "LOG"
+    ERROR = "ERROR"
+    RESULT = "RESULT"
+    TASK_COMPLETE = "TASK_COMPLETE"
+    TASK_ERROR = "TASK_ERROR"
+    TASK_CANCELLED = "TASK_CANCELLED"
+
+
+# What a runner may emit; the others are the supervisor's.
+RUNNER_TYPES = {kind.value: kind for kind in EventType if not kind.startswith("TASK_")}
+
+
+class Event(NamedTuple):
+    """One entry of a task's log; `data` is its JSON object, encoded once for every client."""
+
+    event_id: int
+    event_type: EventType
+    data: str
+
+    @property
+    def message(self) -> str:
+        return f'{{"type":"event","data":{self.data}}}'
+
+
+class Draft(NamedTuple):
+    """An event that has no number yet: what crosses from the runner's thread to the loop."""
+
+    event_type: EventType
+    agent_role: str | None
+    timestamp: str
+    message: str
+    payload: str
+
+    def numbered(self, event_id: int, task_id: str) -> Event:
+        return Event(
+            event_id,
+            self.event_type,
+            f'{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
+            f'"agent_role":{encode(self.agent_role)},"event_type":"{self.event_type.value}","payload":{self.payload}}}',
+        )
+
+
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def envelope(kind: str, data: Mapping[str, Any]) -> str:
+    return encode({"type": kind, "data": data})
+
+
+def now(at: float | None = None) -> str:
+    """RFC 3339 in UTC, to the millisecond; `at`: seconds since the epoch."""
+    moment = datetime.now(UTC) if at is None else datetime.fromtimestamp(at, UTC)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def encode_payload(payload: Mapping[str, Any], max_bytes: int) -> str:
+    """JSON of at most `max_bytes`, whatever the payload holds (guarantee 10).
+
+    What JSON cannot carry is replaced by its text. What is too long is cut, key by key, and
+    `truncated` and `original_bytes` are added.
+    """
+    try:
+        text = encode(payload)
+        size = len(text) if text.isascii() else len(text.encode())
+    except (ValueError, TypeError, RecursionError, RuntimeError):
+        payload = fit(payload)
+        text = encode(payload)
+        size = len(text.encode())
+    if size <= max_bytes:
+        return text
+    for longest in (max_bytes // 4, max_bytes // 32):  # of a character's four bytes, of many keys
+        cut = {key: fit(value, longest) for key, value in list(payload.items())[:20]}
+        text = encode({**cut, "truncated": True, "original_bytes": size})
+        if len(text.encode()) <= max_bytes:
+            return text
+    return encode({"message": text[: max_bytes // 16], "truncated": True, "original_bytes": size})
+
+
+def fit(value: Any, longest: int | None = None, depth: int = 0) -> Any:
+    """`value` as JSON can carry it; strings are cut to `longest` characters."""
+    if isinstance(value, str):
+        text = value.encode(errors="replace").decode()  # a lone surrogate becomes a question mark
+        return text if longest is None or len(text) <= longest else text[:longest] + "…"
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and value.bit_length() < 4096:
+        return int(value)
+    if isinstance(value, Mapping) and depth < 32:  # a cycle ends there too
+        return {fit(str(key), 200): fit(item, longest, depth + 1) for key, item in list(value.items())}
+    if isinstance(value, list | tuple | set | frozenset | deque) and depth < 32:
+        return [fit(item, longest, depth + 1) for item in list(value)]
+    try:
+        dump = getattr(value, "model_dump", None)  # pydantic's
+        return fit(dump() if dump and depth < 32 else repr(value), longest, depth + 1)
+    except Exception:  # somebody's __repr__ ran; an event must not fail because of it
+        return f"<{type(value).__name__}>"
+
+
+# -----------------------------------------------------------------------------
+# Tasks
+# -----------------------------------------------------------------------------
+
+
+class TaskStatus(StrEnum):
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+ENDED = frozenset({TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.CANCELLED})
+RESTARTABLE = frozenset({TaskStatus.FAILED, TaskStatus.CANCELLED})
+TRANSITIONS: Mapping[TaskStatus, frozenset[TaskStatus]] = {
+    TaskStatus.PENDING: RESTARTABLE | {TaskStatus.RUNNING},
+    TaskStatus.RUNNING: ENDED,
+    TaskStatus.SUCCEEDED: frozenset(),
+    TaskStatus.FAILED: frozenset({TaskStatus.PENDING}),
+    TaskStatus.CANCELLED: frozenset({TaskStatus.PENDING}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One request for work, as clients see it."""
+
+    id: str
+    title: str
+    input_prompt: str
+    status: TaskStatus = TaskStatus.PENDING
+    mode: str
+    options: Mapping[str, Any]
+    created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
+    result_summary: str | None = None
+
+    def to(self, status: TaskStatus, result_summary: str | None = None) -> Task:
+        """The task in its next status. Raises IllegalTransition for one outside TRANSITIONS."""
+        if status not in TRANSITIONS[self.status]:
+            raise IllegalTransition(f"task {self.id} cannot go from {self.status} to {status}")
+        return replace(self, status=status, updated_at=now(), result_summary=result_summary)
+
+
+NO_COST: Mapping[str, float] = {"prompt_tokens": 0, "completion_tokens": 0, "total_cost": 0.0, "max_budget": 0.0}
+
+
+@dataclass(kw_only=True)
+class TaskState:
+    """Where a task is now: the `state` message."""
+
+    task_id: str
+    status: TaskStatus = TaskStatus.PENDING
+    progress: float = 0.0
+    current_agent: str | None = None
+    last_message: str | None = None
+    last_event_id: int = 0
+    started_at: str | None = None
+    completed_at: str | None = None
+    error_message: str | None = None
+    final_result: Mapping[str, Any] | None = None
+    cost: Mapping[str, float] = field(default_factory=lambda: NO_COST)
+    waiting: tuple[str, str | None, float] | None = None  # the model call: role, action, time.monotonic()
+
+    def as_dict(self) -> dict[str, Any]:
+        data = dict(vars(self))
+        if waiting := data.pop("waiting"):
+            role, action, since = waiting
+            data["waiting_on"] = {"agent_role": role, "action": action, "seconds": round(time.monotonic() - since, 1)}
+        return data
+
+
+# Name → default, what it must be, the check.
+OPTIONS: Mapping[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "n_round": (5, "a whole number from 1 to 50", lambda v: type(v) is int and 1 <= v <= 50),
+    "investment": (3.0, "a number of US dollars above 0", lambda v: type(v) in (int, float) and 0 < v < 1e9),
+    "code_review": (True, "true or false", lambda v: type(v) is bool),
+    "run_tests": (False, "true or false", lambda v: type(v) is bool),
+    "implement": (True, "true or false", lambda v: type(v) is bool),
+    "project_name": (
+        None,
+        "a letter, then up to 63 letters, digits and underscores",
+        lambda v: type(v) is str and re.fullmatch(r"[A-Za-z]\w{0,63}", v, re.ASCII) is not None,
+    ),
+    "timeout": (None, "a number of seconds above 0", lambda v: type(v) in (int, float) and 0 < v < 1e9),
+}
+
+
+def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
+    """All of OPTIONS, with defaults. Raises InvalidRequest that names the option."""
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
+    if unknown := sorted(set(given) - set(OPTIONS)):
+        raise InvalidRequest(f"options.{unknown[0][:64]} is unknown; the options are {', '.join(OPTIONS)}")
+    for name, value in given.items():
+        if not OPTIONS[name][2](value):
+            raise InvalidRequest(f"options.{name} must be {OPTIONS[name][1]}, not {kind_of(value)}")
+    options = {name: default for name, (default, _, _) in OPTIONS.items()} | {"timeout": task_timeout} | given
+    if options["timeout"] > task_timeout:
+        raise InvalidRequest(f"options.timeout must be at most {task_timeout:g} s, the server's task_timeout")
+    return options
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, with the value where it is short."""
+    names = {dict: "an object", list: "an array", str: "the string", bool: "the boolean", type(None): "null"}
+    name, text = names.get(type(value), "the number"), json.dumps(value)
+    return f"{name} {text}" if name.startswith("the ") and len(text) <= 64 else name.replace("the", "a")
+
+
+# -----------------------------------------------------------------------------
+# Store
+# -----------------------------------------------------------------------------
+
+
+class Store(Protocol):
+    """Where tasks and their logs live. Clients see an event only after `append` returned."""
+
+    async def save(self, task: Task, state: TaskState) -> list[str]:
+        """Writes a task; returns the ids of those that retention forgot. Raises TooManyTasks."""
+
+    async def load(self, task_id: str) -> tuple[Task, TaskState]:
+        """Raises TaskNotFound."""
+
+    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
+        """Tasks newest first, and how many there are in all."""
+
+    async def count(self) -> Mapping[TaskStatus, int]: ...
+
+    async def forget(self, task_id: str) -> None: ...
+
+    async def append(self, task_id: str, events: Sequence[Event]) -> None: ...
+
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        """Up to `limit` events numbered above `after`, or above what retention dropped."""
+
+    async def first_event_id(self, task_id: str) -> int:
+        """The number of the oldest event kept."""
+
+
+@dataclass
+class _Record:
+    task: Task
+    state: TaskState
+    log: list[Event] = field(default_factory=list)
+    dropped: int = 0  # events that came before log[0]
+
+
+class MemoryStore:
+    """The embedded default: forgets at exit."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_tasks, self._max_events = settings.max_tasks, settings.max_events
+        self._records: dict[str, _Record] = {}
+
+    async def save(self, task: Task, state: TaskState) -> list[str]:
+        if task.id in self._records:
+            self._records[task.id].task, self._records[task.id].state = task, state
+            return []
+        ended = (key for key, record in self._records.items() if record.task.status in ENDED)
+        forgotten = list(islice(ended, max(0, len(self._records) + 1 - self._max_tasks)))
+        if len(self._records) - len(forgotten) >= self._max_tasks:
+            raise TooManyTasks(f"{len(self._records)} tasks have not ended, the limit (max_tasks); run or delete some")
+        for key in forgotten:
+            await self.forget(key)
+        self._records[task.id] = _Record(task, state)
+        return forgotten
+
+    async def load(self, task_id: str) -> tuple[Task, TaskState]:
+        if (record := self._records.get(task_id)) is None:
+            raise TaskNotFound(f"task {shown(task_id)} not found: never created here, deleted, or forgotten since")
+        return record.task, record.state
+
+    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
+        tasks = [record.task for record in self._records.values() if status in (None, record.task.status)][::-1]
+        return tasks[offset : offset + limit], len(tasks)
+
+    async def count(self) -> Mapping[TaskStatus, int]:
+        return Counter(record.task.status for record in self._records.values())
+
+    async def forget(self, task_id: str) -> None:
+        self._records.pop(task_id, None)
+
+    async def append(self, task_id: str, events: Sequence[Event]) -> None:
+        record = self._records[task_id]
+        record.log.extend(events)
+        excess = len(record.log) - self._max_events
+        if excess > self._max_events // 8:  # in strides: dropping from the front of a list moves the rest
+            del record.log[:excess]
+            record.dropped += excess
+
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        if (record := self._records.get(task_id)) is None:
+            return ()
+        start = max(after - record.dropped, len(record.log) - self._max_events, 0)
+        return record.log[start : start + limit]
+
+    async def first_event_id(self, task_id: str) -> int:
+        record = self._records[task_id]
+        return record.dropped + 1 + max(0, len(record.log) - self._max_events)
+
+
+def shown(text: str) -> str:
+    return repr(text if len(text) <= 64 else text[:64] + "…")
+
+
+# -----------------------------------------------------------------------------
+# Broker
+# -----------------------------------------------------------------------------
+
+
+class Delivery(NamedTuple):
+    """What a client is sent next: events, then the state where it changed."""
+
+    events: Sequence[Event]
+    state: str | None
+
+
+class Broker:
+    """One per task: numbers events, stores them, hands them to every subscription, holds the state."""
+
+    def __init__(self, task: Task, state: TaskState, first_event_id: int, store: Store, settings: Settings) -> None:
+        self.task, self.state, self.first_event_id = task, state, first_event_id
+        self.store, self.settings = store, settings
+        self.version = 0  # of the state: a subscription compares it to know that it changed
+        self.ended = task.status in ENDED
+        self.closing: StreamerError | None = None
+        self.subscriptions: set[Subscription] = set()
+        self._encoded = (-1, -1, "")
+
+    async def publish(self, drafts: Sequence[Draft], **state: Any) -> None:
+        """Stores events, then hands them over with the state they lead to; waits for no client (guarantees 3, 4, 9)."""
+        start = self.state.last_event_id + 1
+        events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
+        if events:
+            await self.store.append(self.task.id, events)
+            self.state.last_event_id += len(events)
+        for draft in drafts:
+            if draft.event_type is EventType.AGENT_START:
+                self._set("current_agent", draft.agent_role)
+            if draft.event_type not in (EventType.TOKEN, EventType.LOG):
+                self._set("last_message", draft.message)
+        for name, value in state.items():
+            self._set(name, value)
+        for subscription in self.subscriptions:
+            subscription.offer(events)
+
+    def _set(self, name: str, value: Any) -> None:
+        if name == "progress":  # never falls while a run lasts
+            value = max(self.state.progress, round(min(value, 1.0), 3))
+        if getattr(self.state, name) != value:
+            setattr(self.state, name, value)
+            self.version += 1
+
+    def state_message(self, fresh: bool = False) -> str:
+        """Encoded once for all clients; `fresh` renews the seconds it counts."""
+        key = (self.version, self.state.last_event_id)
+        if fresh or self._encoded[:2] != key:
+            self._encoded = (*key, envelope("state", self.state.as_dict()))
+        return self._encoded[2]
+
+    def end(self, reason: StreamerError | None = None) -> None:
+        """Ends every subscription once it has sent all there is (guarantee 2): normally, or with `reason`."""
+        self.ended, self.closing = True, reason
+        for subscription in self.subscriptions:
+            subscription.offer(())
+
+    def reopen(self) -> None:
+        """The task runs again, on the same log."""
+        self.task, self.ended = self.task.to(TaskStatus.PENDING), False
+        self.state = TaskState(task_id=self.task.id, last_event_id=self.state.last_event_id)
+        self.version += 1
+
+    def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
+        subscription = Subscription(self, after, types)
+        self.subscriptions.add(subscription)
+        return subscription
+
+
+class Subscription:
+    """One client's place in a task's log: replay, then live, without a gap or a duplicate (guarantee 1).
+
+    A memory object stream wakes the client and hands over what is new; the log is the buffer. What
+    would make the client lag by more than `subscriber_buffer` events is not handed over: the client
+    reads on from the log where its cursor stands (guarantee 4).
+    """
+
+    PAGE = 512  # events read from the log at once
+
+    def __init__(self, broker: Broker, after: int, types: frozenset[EventType] | None) -> None:
+        self.broker = broker
+        self.recovered = broker.first_event_id - 1 <= after <= broker.state.last_event_id
+        self.cursor = after if self.recovered else broker.first_event_id - 1  # the last event delivered
+        self._types = types
+        self._seen = -1  # the version of the state last delivered
+        self._waiting = False
+        self._received: list[Sequence[Event]] = []
+        size = broker.settings.subscriber_buffer + 1
+        self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
+
+    def offer(self, events: Sequence[Event]) -> None:
+        """Wakes the client if it waits; hands over, without waiting, what it has room for."""
+        lag = events[-1].event_id - self.cursor if events else math.inf
+        if self._waiting or lag <= self.broker.settings.subscriber_buffer:
+            self._waiting = False
+            with contextlib.suppress(anyio.WouldBlock):
+                self._send.send_nowait(events)
+
+    def close(self) -> None:
+        self.broker.subscriptions.discard(self)
+        self._send.close()
+        self._receive.close()
+
+    async def __aiter__(self) -> AsyncIterator[Delivery]:
+        """Deliveries, the first of them the state, until the task ended and all was sent.
+
+        Raises what the broker was ended with, and SlowClient where retention was faster than this client.
+        """
+        broker = self.broker
+        yield self._delivery((), fresh=True)
+        while True:
+            if events := self._handed_over() or await self._logged():
+                self.cursor = events[-1].event_id
+                yield self._delivery(events)
+            elif self._seen != broker.version:
+                yield self._delivery(())
+            elif broker.closing is not None:
+                raise broker.closing
+            elif broker.ended:
+                return
+            else:
+                self._waiting = True  # nothing was awaited since the checks above, so nothing was missed
+                with anyio.move_on_after(broker.settings.heartbeat) as silence:
+                    self._received.append(await self._receive.receive())
+                if silence.cancelled_caught:
+                    yield self._delivery((), fresh=True)
+
+    def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
+        state = None
+        if fresh or (self._seen != self.broker.version and self.cursor >= self.broker.state.last_event_id):
+            self._seen = self.broker.version
+            state = self.broker.state_message(fresh)
+        if self._types is not None:
+            events = [event for event in events if event.event_type in self._types]
+        return Delivery(events, state)
+
+    def _handed_over(self) -> Sequence[Event]:
+        """The next batch that follows the cursor; what came from the log meanwhile is passed over."""
+        with contextlib.suppress(anyio.WouldBlock):
+            while True:
+                events = self._received.pop() if self._received else self._receive.receive_nowait()
+                if events and events[-1].event_id > self.cursor:
+                    skip = self.cursor + 1 - events[0].event_id
+                    return events[skip:] if skip >= 0 else ()  # below 0: one before it found no room
+        return ()
+
+    async def _logged(self) -> Sequence[Event]:
+        if self.cursor >= self.broker.state.last_event_id:
+            return ()
+        events = await self.broker.store.read(self.broker.task.id, self.cursor, self.PAGE)
+        if events and events[0].event_id != self.cursor + 1:
+            lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
+            raise SlowClient(f"{lost}; connect again with after={self.cursor}")
+        return events
+
+
+# -----------------------------------------------------------------------------
+# Runners
+# -----------------------------------------------------------------------------
+
+
+class Run:
+    """What a runner gets: its task, and the ways to report. A bounded outbox carries reports to the loop.
+
+    A thread appends and leaves one pending wake-up, however many events wait: it makes no round trip,
+    and is held back only while the outbox is full (guarantee 5).
+    """
+
+    MAX_ITEMS, MAX_CHARS = 4096, 1 << 20  # what the outbox holds
+    BATCH = 256  # items the loop takes before others get a turn
+
+    def __init__(self, task: Task, settings: Settings, secrets: Sequence[str] = ()) -> None:
+        self.task_id, self.prompt, self.options = task.id, task.input_prompt, task.options
+        self.workspace = settings.workspace / task.id
+        self._max_bytes, self._secrets = settings.max_event_bytes, secrets
+        self._cancelled = threading.Event()
+        self._callbacks: list[Callable[[], object]] = []
+        self._files: dict[str, tuple[int, int]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._outbox: deque[Draft | dict[str, Any]] = deque()
+        self._chars = 0
+        self._room = threading.Condition(threading.Lock())
+        self._woken = self._finished = False
+        self._ready = asyncio.Event()
+
+    # For the runner's threads
+
+    def emit(
+        self, event_type: EventType | str, payload: Mapping[str, Any] | None = None, agent_role: str | None = None
+    ) -> None:
+        """Adds an event to the task's log. `payload["message"]` is its text for a person.
+
+        Raises ValueError for a type that is unknown or the server's own (TASK_START, the terminal ones).
+        """
+        if (kind := RUNNER_TYPES.get(event_type)) is None:
+            raise ValueError(f"event_type must be one of {', '.join(RUNNER_TYPES)}, not {event_type!r}")
+        self._put(self.draft(kind, payload or {}, agent_role))
+
+    def update(self, **state: Any) -> None:
+        """Sets fields of the state: `progress` (0 to 1, never falls), `cost`, `waiting`, `current_agent`."""
+        self._put(state)
+
+    def check_cancelled(self) -> None:
+        """Raises RunCancelled once the task was cancelled, has timed out, or the server stops."""
+        if self._cancelled.is_set():
+            raise RunCancelled
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps; raises RunCancelled as soon as the run is cancelled."""
+        self._cancelled.wait(seconds)
+        self.check_cancelled()
+
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        """Has `callback` called, in the server's thread, when the run is cancelled; now if it is already."""
+        self._callbacks.append(callback)
+        if self._cancelled.is_set():
+            callback()
+
+    def report_files(self, agent_role: str | None = None) -> list[str]:
+        """Emits an ARTIFACT for each file written or deleted since the last call; returns the paths there are."""
+        found = {path: (size, modified) for path, size, modified in list_files(self.workspace)}
+        for path in sorted(found.keys() | self._files.keys()):
+            before, after = self._files.get(path), found.get(path)
+            if before != after:
+                change = "created" if before is None else "deleted" if after is None else "modified"
+                size = after[0] if after else 0
+                payload = {"message": f"{change} {path} ({size} bytes)", "path": path, "size": size, "change": change}
+                self.emit(EventType.ARTIFACT, payload, agent_role)
+        self._files = found
+        return list(found)
+
+    def redact(self, text: str) -> str:
+        """`text` without the secrets this process knows (guarantee 7)."""
+        for secret in self._secrets:
+            if secret in text:
+                text = text.replace(secret, "***")
+        return text
+
+    # For the supervisor
+
+    def draft(self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None) -> Draft:
+        message = payload.get("message", kind.value)
+        if not isinstance(message, str) or "message" not in payload:
+            message = str(message)
+            payload = {**payload, "message": message}
+        encoded = self.redact(encode_payload(payload, self._max_bytes))
+        return Draft(kind, agent_role, now(), self.redact(message[:300]), encoded)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        for callback in self._callbacks:
+            callback()
+
+    def finish(self) -> None:
+        """`take` returns what is left, then nothing; what a thread still reports goes nowhere."""
+        with self._room:
+            self._finished = True
+            self._room.notify_all()
+        self._ready.set()
+
+    async def take(self) -> list[Draft | dict[str, Any]]:
+        """Waits for reports: drafts, and updates of the state, in order. Empty once finished."""
+        await self._ready.wait()
+        with self._room:
+            taken = [self._outbox.popleft() for _ in range(min(self.BATCH, len(self._outbox)))]
+            self._chars -= sum(len(item.payload) for item in taken if isinstance(item, Draft))
+            if not self._outbox and not self._finished:
+                self._woken = False
+                self._ready.clear()
+            self._room.notify_all()
+        return taken
+
+    def _put(self, item: Draft | dict[str, Any]) -> None:
+        with self._room:
+            while not self._finished and (len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS):
+                self._room.wait()
+            if self._finished:
+                return
+            self._outbox.append(item)
+            self._chars += len(item.payload) if isinstance(item, Draft) else 0
+            wake, self._woken = not self._woken, True
+        if wake:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to see it
+                self._loop.call_soon_threadsafe(self._ready.set)
+
+
+class Runner(Protocol):
+    """A plain function, called in a worker thread; what it returns is the task's result."""
+
+    def __call__(self, run: Run, /) -> Mapping[str, Any] | None: ...
+
+
+def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
+    """(path from `root`, bytes, mtime in ns) of the regular files below it, hidden ones and links left out."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and not path.is_symlink():
+                with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
+                    status = path.stat()
+                    yield str(path.relative_to(root)), status.st_size, status.st_mtime_ns
+
+
+# The scripted team of test mode: role, action, progress when it is done, the file it writes, its text.
+PRD = "# Requirements\n\nRequest: {prompt}\n\n- As a user I see my entries.\n- As a user I add and remove one.\n"
+DESIGN = "# Design\n\nOne module, app.py, standard library only.\n\n- `ENTRIES`: what is kept.\n- A loop prints it.\n"
+TASKS = "# Tasks\n\n1. app.py: the entries, then the loop.\n\nNo packages are needed and nothing is shared.\n"
+CODE = 'ENTRIES = ["read the PRD", "write code"]\n\nfor index, entry in enumerate(ENTRIES):\n    print(index, entry)\n'
+TEST = 'import runpy\n\n\ndef test_app_runs():\n    runpy.run_path("src/app.py")\n'
+SCRIPT: Sequence[tuple[str, str, float, str, str]] = (
+    ("ProductManager", "WritePRD", 0.25, "docs/prd.md", PRD),
+    ("Architect", "WriteDesign", 0.45, "docs/system_design.md", DESIGN),
+    ("ProjectManager", "WriteTasks", 0.6, "docs/task.md", TASKS),
+    ("Engineer", "WriteCode", 0.9, "src/app.py", CODE),
+    ("QaEngineer", "WriteTest", 0.95, "tests/test_app.py", TEST),
+)
+
+
+def run_scripted(run: Run) -> Mapping[str, Any]:
+    """Test mode: the roles, events and state changes of a real run, in about ten seconds, without MetaGPT."""
+    needs = {"Engineer": "implement", "QaEngineer": "run_tests"}
+    team = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
+    cost = {**NO_COST, "max_budget": run.options["investment"]}
+    run.emit("LOG", {"message": "test mode: a scripted team, not MetaGPT", "level": "INFO"})
+    for index, (role, action, progress, path, text) in enumerate(team):
+        text = text.replace("{prompt}", run.prompt)
+        call = {"action": action, "call_id": uuid.uuid4().hex[:12]}
+        run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
+        run.update(waiting=(role, action, time.monotonic()), cost=cost)
+        run.wait(0.5)
+        run.update(waiting=None)
+        pieces = re.findall(r"\S+\s*", text)
+        for piece in pieces:
+            run.emit("TOKEN", {"message": piece, **call}, role)
+            run.wait(1.9 / len(pieces))
+        target = run.workspace / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+        run.report_files(role)
+        cost = {**cost, "completion_tokens": cost["completion_tokens"] + len(pieces)}
+        run.update(cost=cost, progress=progress)
+        to = [team[index + 1][0] if index + 1 < len(team) else "<all>"]
+        message = {"message": f"{role} to {to[0]}: {path}", "content": text, "cause_by": action, "sent_from": role}
+        run.emit("MESSAGE", {**message, "send_to": to}, role)
+        run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
+    return {"mode": "test", "end_reason": "idle", "rounds": len(team), "files": run.report_files(), "cost": cost}
+
+
+# The real team. What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
+
+# It imports every vendor's SDK. Its modules for those that are not configured are replaced by placeholders:
+# module of metagpt.provider → its class, its api_type, the SDK's module, the SDK's package.
+VENDORS: Mapping[str, tuple[str, str, str, str]] = {
+    "google_gemini_api": ("GeminiLLM", "gemini", "google.generativeai", "google-generativeai"),
+    "zhipuai_api": ("ZhiPuAILLM", "zhipuai", "zhipuai", "zhipuai"),
+    "spark_api": ("SparkLLM", "spark", "sparkai", "spark-ai-python"),
+    "qianfan_api": ("QianFanLLM", "qianfan", "qianfan", "qianfan"),
+    "dashscope_api": ("DashScopeLLM", "dashscope", "dashscope", "dashscope"),
+    "bedrock_api": ("BedrockLLM", "bedrock", "boto3", "boto3"),
+    "ark_api": ("ArkLLM", "ark", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
+}
+NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where they are not
+OpenAI's and gpt-4o), or write MetaGPT's ~/.metagpt/config2.yaml, or see a scripted team with --test-mode"""
+
+
+def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
+    """MetaGPT's configuration: its config2.yaml files, merged as it merges them, or else OPENAI_API_KEY.
+
+    The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
+    wins. Raises SettingsError where there is no model, or its vendor's SDK is missing.
+    """
+    import yaml
+
+    config: dict[str, Any] = {}
+    root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
+    for path in (root / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"):
+        if path.exists():
+            try:
+                loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise SettingsError(f"{path} cannot be read: {error}") from error
+            if not isinstance(loaded, dict) or not isinstance(loaded.get("llm", {}), dict):
+                raise SettingsError(f"{path} must hold a mapping, and `llm` in it another one")
+            config.update(loaded)
+    if "llm" not in config and (key := environ.get("OPENAI_API_KEY")):
+        config["llm"] = {"api_type": "openai", "api_key": key, "model": environ.get("OPENAI_MODEL") or "gpt-4o"}
+        if url := environ.get("OPENAI_BASE_URL"):
+            config["llm"]["base_url"] = url
+    if config.get("llm", {"api_key": ""}).get("api_key", "-") in ("", None, "YOUR_API_KEY"):
+        raise SettingsError(NO_MODEL)
+    for _, api_type, module, package in VENDORS.values():
+        if config["llm"].get("api_type") == api_type and not _installed(module):
+            raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
+    return config
+
+
+def _installed(module: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # a parent package is missing
+        return importlib.util.find_spec(module) is not None
+    return False
+
+
+def known_secrets(environ: Mapping[str, str]) -> list[str]:
+    """What no event or log may hold: the model's credentials, and what the environment calls a key or token."""
+    items = list(environ.items())
+    with contextlib.suppress(SettingsError):
+        items += model_config(environ)["llm"].items()
+    secret = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+    found = {str(value) for name, value in items if secret.search(name) and len(str(value)) >= 8}
+    return sorted(found, key=len, reverse=True)
+
+
+ENGINE_NAMES: Mapping[str, str] = {
+    "Action": "metagpt.actions",
+    "ActionNode": "metagpt.actions.action_node",
+    "RunCode": "metagpt.actions.run_code",
+    "config": "metagpt.config2",
+    "Context": "metagpt.context",
+    "set_llm_stream_logfunc": "metagpt.logs",
+    "openai_api": "metagpt.provider",
+    "Team": "metagpt.team",
+    "roles": "metagpt",
+    "CostManager": "metagpt.utils.cost_manager",
+    "FileRepository": "metagpt.utils.file_repository",
+    "GitRepository": "metagpt.utils.git_repository",
+}
+_engine: types.SimpleNamespace | None = None  # imported once for the process, as MetaGPT's hooks are its own
+_engine_lock = threading.Lock()
+
+
+def load_metagpt(workspace: Path) -> types.SimpleNamespace:
+    """Imports MetaGPT (6-14 s, so in a worker thread) and mends what its runs share.
+
+    Its own log folder goes below `workspace`. Raises SettingsError without a model.
+    """
+    global _engine
+    with _engine_lock:
+        if _engine is None:
+            engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
+            _route_output(engine)
+            _isolate(engine)
+            _engine = engine
+    return _engine
+
+
+def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleNamespace:
+    models = [config["llm"], *(config.get("models") or {}).values()]
+    configured = {model.get("api_type") for model in models if isinstance(model, Mapping)}
+    for name, (class_name, api_type, _, _) in VENDORS.items():
+        if api_type not in configured:
+            placeholder = types.ModuleType(f"metagpt.provider.{name}")
+            setattr(placeholder, class_name, type(class_name, (), {}))
+            sys.modules.setdefault(placeholder.__name__, placeholder)
+    sys.modules.setdefault("metagpt.tools.libs", types.ModuleType("metagpt.tools.libs"))
+    loguru = importlib.import_module("loguru").logger
+    root = os.environ.get("METAGPT_PROJECT_ROOT")
+    os.environ["METAGPT_PROJECT_ROOT"] = str(folder)
+    try:
+        loguru.remove()
+        importlib.import_module("metagpt.logs")  # which adds handlers: stderr, and a file
+        loguru.remove()
+        model = importlib.import_module("metagpt.utils.yaml_model").YamlModel
+        read_yaml = model.read_yaml
+        model.read_yaml = classmethod(lambda cls, path, encoding="utf-8": dict(config))
+        try:
+            found = {name: getattr(importlib.import_module(path), name) for name, path in ENGINE_NAMES.items()}
+        finally:
+            model.read_yaml = read_yaml
+    finally:
+        os.environ.pop("METAGPT_PROJECT_ROOT")
+        if root is not None:
+            os.environ["METAGPT_PROJECT_ROOT"] = root
+    return types.SimpleNamespace(**found, loguru=loguru, tenacity=importlib.import_module("tenacity"))
+
+
+@dataclass
+class _Speaker:
+    """Who speaks in this coroutine: roles run concurrently, each in a context of its own."""
+
+    team: _Team
+    role: str
+    action: str | None = None
+    call: _ModelCall | None = None
+
+
+_speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
+
+
+def _route_output(engine: types.SimpleNamespace) -> None:
+    """Sends tokens and log records, which MetaGPT prints for all runs alike, to the task they come from."""
+
+    def log(message: Any) -> None:
+        if speaker := _speaker.get():
+            speaker.team.log(message.record["level"].name, message.record["message"])
+
+    def token(text: str) -> None:
+        if (speaker := _speaker.get()) and speaker.call:
+            speaker.call.add(text)
+
+    engine.loguru.add(log, level="INFO", format="{message}", backtrace=False, diagnose=False)
+    engine.set_llm_stream_logfunc(token)
+
+
+def _isolate(engine: types.SimpleNamespace) -> None:
+    """Mends what concurrent runs share inside MetaGPT (guarantee 8), and keeps its files in the workspace."""
+    git_lock = threading.RLock()  # GitPython changes the process's current folder while it indexes
+
+    def locked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with git_lock:
+            return method(*args, **kwargs)
+
+    async def contained(method: Callable[..., Any], files: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.team.check_inside(files.workdir / filename)
+        result = await method(files, filename, *args, **kwargs)
+        if speaker and method.__name__ != "get":
+            speaker.team.run.report_files(speaker.role)
+        return result
+
+    async def named(method: Callable[..., Any], action: Any, *args: Any, **kwargs: Any) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.action = type(action).__name__
+        result = await method(action, *args, **kwargs)
+        if speaker:
+            speaker.team.finished(type(action).__name__)
+        return result
+
+    async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
+        return await method(_twin(node), *args, **kwargs)  # it stores model and answer on nodes that all runs share
+
+    def patch(target: Any, name: str, around: Callable[..., Any]) -> None:
+        setattr(target, name, functools.partialmethod(partial(around, getattr(target, name))))
+
+    for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
+        patch(engine.GitRepository, name, locked)
+    for name in ("save", "get", "delete"):
+        patch(engine.FileRepository, name, contained)
+    for action in _subclasses(engine.Action):
+        if "run" in vars(action):
+            patch(action, "run", named)
+    patch(engine.ActionNode, "fill", copied)
+    # It would install the packages a model names into the service's own environment.
+    engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
+    # For answers without `usage`; tiktoken would download its tables first, which fails or hangs offline.
+    engine.openai_api.count_output_tokens = lambda text, model: -(-len(text) // 4)
+    engine.openai_api.count_input_tokens = lambda messages, model: -(-len(str(messages)) // 4)
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _twin(node: Any) -> Any:
+    twin = copy.copy(node)
+    twin.children = {key: _twin(child) for key, child in node.children.items()}
+    return twin
+
+
+class _GiveUp(BaseException):
+    """Ends a run from inside MetaGPT, which tries again after every Exception, six times, for minutes."""
+
+
+class _ModelCall:
+    """One request to the model: the tokens of 50 ms become one event."""
+
+    def __init__(self, speaker: _Speaker) -> None:
+        self.speaker, self.action, self.id = speaker, speaker.action, uuid.uuid4().hex[:12]
+        self._text = ""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, text: str) -> None:
+        self._text += text
+        if text and self._timer is None:
+            self.speaker.team.answering(self)
+            self._timer = asyncio.get_running_loop().call_later(0.05, self.flush)
+
+    def flush(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if text := self._text:
+            self._text, self._timer = "", None
+            payload = {"message": text, "action": self.action, "call_id": self.id}
+            self.speaker.team.run.emit(EventType.TOKEN, payload, self.speaker.role)
+
+
+# The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
+STAGES: Mapping[str, float] = {"PrepareDocuments": 0.02, "WritePRD": 0.2, "WriteDesign": 0.4, "WriteTasks": 0.5}
+
+
+class _Team:
+    """MetaGPT's software company at work on one task; everything it does is reported to the run."""
+
+    def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
+        self.engine, self.run = engine, run
+        self.models: list[Any] = []
+        self.calls: dict[str, tuple[str, str | None, float]] = {}  # those that no token has come from
+        self.files_coded = 0
+        config = engine.config.model_copy(deep=True)
+        # Left without a project name, MetaGPT takes the model's, and deletes the folder that has it.
+        config.update_via_cli("", run.options["project_name"] or _project_name(run.prompt), False, "", 0)
+        config.workspace.path = run.workspace
+        if config.mermaid.engine == "nodejs" and not shutil.which(config.mermaid.path):
+            config.mermaid.engine = "none"  # it would complain on stderr, at every diagram
+        self.context = engine.Context(config=config, cost_manager=engine.CostManager())
+        self._wrap(self.context, "llm_with_cost_manager_from_llm_config", self._observed_model)
+        self._wrap(self.context, "new_environ", self._clean_environ)
+        self.team = engine.Team(context=self.context)
+        self._wrap(self.team.env, "publish_message", self._publish)
+        self.roles = [self._hire(name) for name in ("ProductManager", "Architect", "ProjectManager")]
+        if run.options["implement"]:
+            self.roles.append(self._hire("Engineer", n_borg=5, use_code_review=run.options["code_review"]))
+        if run.options["implement"] and run.options["run_tests"]:
+            self.roles.append(self._hire("QaEngineer"))
+        self.team.invest(run.options["investment"])
+
+    def _hire(self, name: str, **options: Any) -> Any:
+        role, speaker = getattr(self.engine.roles, name)(context=self.context, **options), _Speaker(self, name)
+        self._wrap(role, "react", partial(self._react, speaker))
+        self._wrap(role, "_act", partial(self._act, speaker, role))
+        self.team.hire([role])
+        return role
+
+    def _wrap(self, target: Any, name: str, around: Callable[..., Any]) -> None:
+        """Puts `around(original, …)` in the place of a method, on this instance alone."""
+        object.__setattr__(target, name, partial(around, getattr(target, name)))  # pydantic refuses setattr
+
+    async def work(self) -> Mapping[str, Any]:
+        """Drives the rounds itself: Team.run swallows every error."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def stop() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work has ended
+                loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+
+        self.run.on_cancel(stop)
+        options, done = self.run.options, 0
+        rounds = max(options["n_round"], 8) if options["run_tests"] else options["n_round"]  # MetaGPT's own rule
+        self.report_cost()
+        try:
+            self.team.run_project(self.run.prompt)
+            while done < rounds and not self.team.env.is_idle:
+                await self.team.env.run()
+                done += 1
+            # `is_idle` looks at messages read in the last round, this at those that a next one would find.
+            idle = not any([await role._observe() for role in self.roles])
+            self.team.env.archive()
+        finally:
+            for model in self.models:
+                if close := getattr(model.aclient, "close", None):
+                    await close()
+        result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
+        return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
+
+    async def _react(self, speaker: _Speaker, original: Callable[[], Awaitable[Any]]) -> Any:
+        _speaker.set(speaker)
+        return await original()
+
+    async def _act(self, speaker: _Speaker, role: Any, original: Callable[[], Awaitable[Any]]) -> Any:
+        name, started = speaker.role, time.monotonic()
+        action = speaker.action = type(role.rc.todo).__name__
+        self.run.emit(EventType.AGENT_START, {"message": f"{name} starts {action}", "action": action}, name)
+        try:
+            result = await original()
+        except (Exception, _GiveUp) as error:
+            reason = f"{name} failed in {speaker.action}: {self._reason(error)}"
+            self.run.emit(EventType.ERROR, {"message": reason, "action": speaker.action}, name)
+            raise _GiveUp(reason) from error
+        self.run.report_files(name)
+        seconds = round(time.monotonic() - started, 1)
+        payload = {"message": f"{name} finished {action} in {seconds} s", "action": action, "seconds": seconds}
+        self.run.emit(EventType.AGENT_COMPLETE, payload, name)
+        return result
+
+    def _reason(self, error: BaseException) -> str:
+        if isinstance(error, _GiveUp):
+            return str(error)
+        hint = ""
+        if isinstance(error, self.engine.tenacity.RetryError):  # MetaGPT asked the model again and again
+            hint = f", after {error.last_attempt.attempt_number} attempts; a stronger model may keep to the form asked"
+            error = error.last_attempt.exception() or error
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{hint}"
+
+    def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
+        speaker = _speaker.get()
+        sender, to = (speaker.role if speaker else "Human"), sorted(_class_name(name) for name in message.send_to)
+        payload = {
+            "message": f"{sender} to {', '.join(to)}: {message.content[:200]}",
+            "content": message.content,
+            "cause_by": _class_name(message.cause_by),
+            "sent_from": sender,
+            "send_to": to,
+        }
+        self.run.emit(EventType.MESSAGE, payload, speaker.role if speaker else None)
+        return original(message, peekable)
+
+    def log(self, level: str, message: str) -> None:
+        speaker = _speaker.get()
+        if speaker and speaker.call:
+            speaker.call.flush()  # what was said before this line comes before it
+        payload = {"message": message.replace(f"{self.run.workspace}{os.sep}", ""), "level": level}
+        self.run.emit(EventType.LOG, payload, speaker.role if speaker else None)
+
+    def check_inside(self, path: Path) -> None:
+        """A model chooses file names: none may leave the task's workspace, to write or to read."""
+        if not path.resolve().is_relative_to(self.run.workspace.resolve()):
+            raise _GiveUp(f"the model named a file outside the task's workspace: {str(path)[-200:]}")
+
+    def finished(self, action: str) -> None:
+        if action == ("WriteCodeReview" if self.run.options["code_review"] else "WriteCode"):
+            self.files_coded += 1
+            files = len(self.roles[3].code_todos) or 1
+            self.run.update(progress=0.5 + 0.4 * min(1.0, self.files_coded / files))
+        elif action in STAGES:
+            self.run.update(progress=STAGES[action])
+
+    def _observed_model(self, original: Callable[..., Any], *args: Any) -> Any:
+        model = original(*args)
+        if hasattr(model.aclient, "max_retries"):
+            model.aclient.max_retries = 0  # it tries again in silence; `_request` says so
+        if "://api.openai.com" in str(getattr(model.aclient, "base_url", "")):  # others may refuse the parameter
+            self._wrap(model.aclient.chat.completions, "create", self._with_usage)
+        for name in ("_achat_completion_stream", "_achat_completion"):
+            self._wrap(model, name, partial(self._request, model))
+        self.models.append(model)
+        return model
+
+    def _with_usage(self, original: Callable[..., Awaitable[Any]], **kwargs: Any) -> Awaitable[Any]:
+        return original(**kwargs, **({"stream_options": {"include_usage": True}} if kwargs.get("stream") else {}))
+
+    def _clean_environ(self, original: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """The environment of a program that the team runs: without this process's secrets."""
+        return {name: value for name, value in original().items() if self.run.redact(value) == value}
+
+    async def _request(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        """One model request, tried again while that can help; every failed attempt is a LOG at once."""
+        tenacity, config = self.engine.tenacity, model.config
+
+        def say(state: Any) -> None:
+            reason, _ = _model_error(state.outcome.exception(), config)
+            attempt = f"attempt {state.attempt_number} of 5, the next in {state.next_action.sleep:g} s"
+            self.log("WARNING", f"{reason} ({attempt})")
+
+        attempts = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(5),
+            wait=lambda state: _retry_after(state.outcome.exception()) or 2.0 ** (state.attempt_number - 1),
+            retry=tenacity.retry_if_exception(lambda error: _model_error(error, config)[1]),
+            before_sleep=say,
+            reraise=True,
+        )
+        try:
+            return await attempts(self._attempt, model, original, *args, **kwargs)
+        except Exception as error:
+            reason, _ = _model_error(error, config)
+            if reason:
+                raise _GiveUp(reason) from error
+            raise
+
+    async def _attempt(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        self.run.check_cancelled()
+        costs = self.context.cost_manager
+        if costs.total_cost >= costs.max_budget:
+            spent = f"${costs.total_cost:.4f} of ${costs.max_budget:g}"
+            raise _GiveUp(f"the budget is spent: {spent}; a larger options.investment allows more")
+        speaker = _speaker.get() or _Speaker(self, "Team")
+        call = speaker.call = _ModelCall(speaker)
+        self.calls[call.id] = (speaker.role, call.action, time.monotonic())
+        self.run.update(waiting=next(iter(self.calls.values())))
+        try:
+            answer = await original(*args, **kwargs)
+            if not isinstance(answer, str):  # it was not streamed
+                call.add(model.get_choice_text(answer) or "")
+            return answer
+        finally:
+            self.answering(call)
+            call.flush()
+            speaker.call = None
+            self.report_cost()
+
+    def answering(self, call: _ModelCall) -> None:
+        if self.calls.pop(call.id, None):
+            self.run.update(waiting=next(iter(self.calls.values()), None))
+
+    def report_cost(self) -> dict[str, float]:
+        spent, budget = self.context.cost_manager.get_costs(), self.context.cost_manager.max_budget
+        values = (spent.total_prompt_tokens, spent.total_completion_tokens, round(spent.total_cost, 6), budget)
+        cost = dict(zip(NO_COST, values, strict=True))
+        self.run.update(cost=cost)
+        return cost
+
+
+def _model_error(error: BaseException, config: Any) -> tuple[str | None, bool]:
+    """Why a model request failed, for a person, and whether to try again; None: it is not the request's fault."""
+    where, text = f"the model API at {config.base_url}", " ".join(str(error).split())[:300]
+    status = getattr(error, "status_code", None)
+    if isinstance(status, int):
+        if status in (401, 403):
+            return f"{where} rejected the key ({status}): check OPENAI_API_KEY or llm.api_key. {text}", False
+        if status == 404:
+            return f"{where} has no model {config.model!r} (404): check OPENAI_MODEL or llm.model. {text}", False
+        if getattr(error, "code", None) == "insufficient_quota":
+            return f"{where} says the account's quota is used up ({status}). {text}", False
+        return f"{where} answered {status}: {text}", status in (408, 409, 429) or status >= 500
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of openai and anthropic, of httpx, of aiohttp
+    if kinds & {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}:
+        cause = error.__cause__ or error
+        return f"{where} cannot be reached: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}", True
+    return None, False
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds the server asked to wait, at most 60."""
+    value = (getattr(getattr(error, "response", None), "headers", None) or {}).get("retry-after", "")
+    return min(60.0, float(value)) if re.fullmatch(r"\d{1,4}(\.\d+)?", value) else None
+
+
+def _class_name(path: str) -> str:
+    """MetaGPT writes metagpt.roles.architect.Architect; `<all>` stays as it is."""
+    return str(path).rsplit(".", 1)[-1]
+
+
+def _project_name(prompt: str) -> str:
+    return "_".join(re.findall(r"[a-z][a-z0-9]*", prompt.lower())[:5])[:40].strip("_") or "project"
+
+
+def run_metagpt(run: Run) -> Mapping[str, Any]:
+    """The real team. Raises RunFailed with the reason for whatever ends it early (guarantee 7)."""
+    engine = load_metagpt(run.workspace.parent)
+    run.workspace.mkdir(parents=True, exist_ok=True)
+    try:
+        with asyncio.Runner() as runner:
+            return runner.run(_Team(engine, run).work())
+    except asyncio.CancelledError:
+        run.check_cancelled()
+        raise
+    except _GiveUp as error:
+        raise RunFailed(str(error)) from error
+
+
+# -----------------------------------------------------------------------------
+# Supervisor
+# -----------------------------------------------------------------------------
+
+
+class StopReason(StrEnum):
+    CANCEL = "cancelled by a client"
+    SHUTDOWN = "cancelled: the server is shutting down"
+    TIMEOUT = "timed out"
+
+
+class Outcome(NamedTuple):
+    """How a call in a worker thread ended."""
+
+    result: Any = None
+    error: BaseException | None = None
+    abandoned: bool = False
+
+
+class ActiveRun:
+    """A started task, until its terminal event."""
+
+    def __init__(self, broker: Broker, run: Run) -> None:
+        self.broker, self.run = broker, run
+        self.scope = anyio.CancelScope()  # of the wait for its turn, then of the wait for its thread
+        self.running = False
+        self.concluding = False  # its outcome is decided: a cancel comes too late
+        self.stop_reason: StopReason | None = None
+        self.done = anyio.Event()
+
+    def stop(self, reason: StopReason, grace: float) -> None:
+        """Asks the run to end; one that is still in its thread after `grace` seconds is abandoned (guarantee 6)."""
+        if self.stop_reason in (None, StopReason.TIMEOUT):
+            self.stop_reason = reason
+        self.run.cancel()
+        self.scope.deadline = min(self.scope.deadline, anyio.current_time() + (grace if self.running else 0))
+
+
+class Supervisor:
+    """Owns the tasks: creates, starts, stops, and forgets them, and knows who watches."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        runner: Runner,
+        warm_up: Callable[[], object] | None = None,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        self.settings, self.store = settings, store
+        self.mode = "test" if settings.test_mode else "metagpt"
+        self.clients = 0
+        self.counters: Counter[str] = Counter()
+        self.engine_error: str | None = None
+        self.abandoned = 0  # threads that went on when their run had ended
+        self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
+        self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
+        self._active: dict[str, ActiveRun] = {}
+        self._slots = anyio.Semaphore(settings.max_running)
+        self._threads = anyio.CapacityLimiter(math.inf)  # the slots are the limit: an abandoned thread holds none
+        self._ready, self._client_left = anyio.Event(), anyio.Event()
+        self._closing = False
+        self._group: anyio.abc.TaskGroup
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """The time the service lives; at its end every run is stopped and every client told."""
+        async with anyio.create_task_group() as self._group:
+            self._group.start_soon(self._load_engine)
+            try:
+                yield
+            finally:
+                await self.close()
+                self._group.cancel_scope.cancel()
+
+    async def _load_engine(self) -> None:
+        if self._warm_up is not None:
+            outcome = await anyio.to_thread.run_sync(_guarded, self._warm_up, abandon_on_cancel=True)
+            if outcome.error is not None:
+                self.engine_error = f"MetaGPT could not be loaded: {type(outcome.error).__name__}: {outcome.error}"
+                logger.error("engine error=%r", self.engine_error)
+        self._ready.set()
+
+    async def close(self) -> None:
+        """Cancels the runs and tells the clients, in less than `grace` seconds."""
+        if self._closing:
+            return
+        self._closing = True
+        active = list(self._active.values())
+        for each in active:
+            each.stop(StopReason.SHUTDOWN, 0.7 * self.settings.grace)
+        for each in active:
+            await each.done.wait()
+        for broker in self._brokers.values():
+            resume = f"connect again with after={broker.state.last_event_id}"
+            broker.end(ServerClosing(f"the server is shutting down; {resume} when it is back"))
+        with anyio.move_on_after(0.2 * self.settings.grace):
+            while self.clients:
+                self._client_left = anyio.Event()
+                await self._client_left.wait()
+
+    @property
+    def engine(self) -> str:
+        return self.engine_error or ("ready" if self._ready.is_set() else "loading")
+
+    @property
+    def running(self) -> int:
+        return sum(active.running for active in self._active.values())
+
+    @property
+    def waiting(self) -> int:
+        return len(self._active) - self.running
+
+    # What clients ask for. All of it raises TaskNotFound.
+
+    async def submit(
+        self, prompt: str, title: str, options: Mapping[str, Any], key: str | None = None
+    ) -> tuple[Task, bool]:
+        """A PENDING task, and whether it is new: an idempotency key that was used gives its task again.
+
+        Raises IdempotencyConflict where the key came with another request, TooManyTasks.
+        """
+        self._refuse_if_closing()
+        task_id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_OID, key).hex
+        if key is not None:
+            with contextlib.suppress(TaskNotFound):
+                task = await self.get(task_id)
+                if (task.input_prompt, task.title, task.options) != (prompt, title, options):
+                    raise IdempotencyConflict("this Idempotency-Key was used for a different request")
+                return task, False
+        task = Task(id=task_id, title=title, input_prompt=prompt, mode=self.mode, options=options)
+        await self._save(task, TaskState(task_id=task_id))
+        return task, True
+
+    async def start(self, task_id: str, restart: bool = False) -> Task:
+        """Starts a PENDING task; does nothing to a started one. `restart` runs a FAILED or CANCELLED one again.
+
+        Raises TaskEnded, TooManyTasks.
+        """
+        broker = await self._broker(task_id)
+        if task_id in self._active:
+            return broker.task
+        self._refuse_if_closing()
+        status = broker.task.status
+        if status in ENDED and not (restart and status in RESTARTABLE):
+            again = "; POST …/run?restart=true runs it again" if status in RESTARTABLE else ""
+            raise TaskEnded(f"task {task_id} has ended ({status}){again}")
+        if len(self._active) >= self.settings.max_running + self.settings.max_waiting:
+            raise TooManyTasks(f"{self.waiting} tasks wait for a slot, as many as max_waiting allows; try again later")
+        active = self._activate(broker)
+        if status in ENDED:
+            broker.reopen()
+            await self._save(broker.task, broker.state)
+        self._group.start_soon(self._execute, active)
+        return broker.task
+
+    async def cancel(self, task_id: str) -> Task:
+        """Stops a task, started or not. Raises TaskEnded."""
+        broker = await self._broker(task_id)
+        active = self._active.get(task_id)
+        if broker.task.status in ENDED or (active and active.concluding):
+            raise TaskEnded(f"task {task_id} has ended ({broker.task.status}): there is nothing to cancel")
+        if active:
+            active.stop(StopReason.CANCEL, self.settings.grace)
+        else:
+            active = self._activate(broker)
+            active.stop(StopReason.CANCEL, 0)
+            await self._conclude(active, Outcome())
+        return broker.task
+
+    async def delete(self, task_id: str) -> None:
+        """Stops a task, forgets it, its log and its workspace, and tells its clients."""
+        await self.get(task_id)
+        if active := self._active.get(task_id):
+            active.stop(StopReason.CANCEL, self.settings.grace)
+            await active.done.wait()
+        await self.store.forget(task_id)
+        await self._clear_away(task_id)
+
+    async def get(self, task_id: str) -> Task:
+        broker = self._brokers.get(task_id)
+        return broker.task if broker else (await self.store.load(task_id))[0]
+
+    async def state(self, task_id: str) -> TaskState:
+        broker = self._brokers.get(task_id)
+        return broker.state if broker else (await self.store.load(task_id))[1]
+
+    @contextlib.asynccontextmanager
+    async def watch(
+        self, task_id: str, after: int = 0, types: frozenset[EventType] | None = None
+    ) -> AsyncIterator[Subscription]:
+        """A client's subscription while it is connected. Raises TooManyClients."""
+        self._refuse_if_closing()
+        if self.clients >= self.settings.max_sockets:
+            raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
+        broker = await self._broker(task_id)
+        self._brokers[task_id] = broker
+        subscription = broker.subscribe(after, types)
+        self.clients += 1
+        self.counters["clients"] += 1
+        try:
+            yield subscription
+        except SlowClient:
+            self.counters["slow_clients"] += 1
+            raise
+        finally:
+            subscription.close()
+            self.clients -= 1
+            self._client_left.set()
+            self._release(broker)
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise ServerClosing("the server is shutting down; try again when it is back")
+
+    async def _broker(self, task_id: str) -> Broker:
+        """The task's broker; a caller that keeps a new one puts it into `_brokers` before it awaits anything."""
+        if task_id in self._brokers:
+            return self._brokers[task_id]
+        task, state = await self.store.load(task_id)
+        first = await self.store.first_event_id(task_id)
+        return self._brokers.get(task_id) or Broker(task, state, first, self.store, self.settings)
+
+    def _activate(self, broker: Broker) -> ActiveRun:
+        active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets))
+        self._active[broker.task.id] = active
+        self._brokers[broker.task.id] = broker
+        return active
+
+    def _release(self, broker: Broker) -> None:
+        if not broker.subscriptions and broker.task.id not in self._active:
+            self._brokers.pop(broker.task.id, None)
+
+    async def _save(self, task: Task, state: TaskState) -> None:
+        logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
+        for forgotten in await self.store.save(task, state):
+            await self._clear_away(forgotten)
+
+    async def _clear_away(self, task_id: str) -> None:
+        if broker := self._brokers.pop(task_id, None):
+            broker.end(TaskNotFound(f"task {task_id} not found: it was deleted"))
+        folder = self.settings.workspace / task_id
+        await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+
+    # The life of a run
+
+    async def _execute(self, active: ActiveRun) -> None:
+        async with contextlib.AsyncExitStack() as slot:
+            with active.scope:
+                if not self._ready.is_set():
+                    await active.broker.publish((), last_message="loading MetaGPT")
+                    await self._ready.wait()
+                if not self._slots.value:
+                    await active.broker.publish((), last_message="waiting for a free slot (max_running)")
+                await slot.enter_async_context(self._slots)
+            outcome = Outcome(error=RunFailed(self.engine_error)) if self.engine_error else Outcome()
+            if not active.stop_reason and not self.engine_error:
+                outcome = await self._run(active)
+            await self._conclude(active, outcome)
+
+    async def _run(self, active: ActiveRun) -> Outcome:
+        """Runs the runner in a worker thread, and publishes what it reports, to the last of it."""
+        broker, run = active.broker, active.run
+        active.running, active.scope = True, anyio.CancelScope()
+        broker.task = broker.task.to(TaskStatus.RUNNING)
+        draft = run.draft(EventType.TASK_START, {"message": broker.task.title, "mode": self.mode})
+        await broker.publish([draft], status=TaskStatus.RUNNING, started_at=draft.timestamp)
+        await self._save(broker.task, broker.state)
+        outcome = Outcome(abandoned=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._pump, active)
+            timer = asyncio.get_running_loop().call_later(
+                run.options["timeout"], active.stop, StopReason.TIMEOUT, self.settings.grace
+            )
+            with active.scope:
+                outcome = await anyio.to_thread.run_sync(
+                    _guarded, self._runner, run, abandon_on_cancel=True, limiter=self._threads
+                )
+            timer.cancel()
+            run.finish()
+        return outcome
+
+    async def _pump(self, active: ActiveRun) -> None:
+        while reports := await active.run.take():
+            drafts: list[Draft] = []
+            for report in reports:
+                if isinstance(report, Draft):
+                    drafts.append(report)
+                else:
+                    await active.broker.publish(drafts, **report)
+                    drafts = []
+            await active.broker.publish(drafts)
+            self.counters["events"] += sum(isinstance(report, Draft) for report in reports)
+            await anyio.lowlevel.checkpoint()  # others get a turn
+
+    async def _conclude(self, active: ActiveRun, outcome: Outcome) -> None:
+        """Decides the outcome, once, and publishes the terminal event and state (guarantees 2, 6, 7)."""
+        active.concluding = True
+        broker, run = active.broker, active.run
+        status, kind, message = self._verdict(active, outcome)
+        state: dict[str, Any] = {"status": status, "current_agent": None, "waiting": None, "completed_at": now()}
+        drafts: list[Draft] = []
+        if status is TaskStatus.SUCCEEDED:
+            result = json.loads(run.redact(encode_payload(outcome.result or {}, self.settings.max_event_bytes)))
+            message = str(result.get("message") or _summary(result))
+            drafts.append(run.draft(EventType.RESULT, {"message": message, **result}))
+            state |= {"final_result": result, "progress": 1.0}
+        if outcome.abandoned:
+            self.abandoned += 1
+            message += f"; its thread did not stop within {self.settings.grace:g} s and was abandoned"
+        drafts.append(run.draft(kind, {"message": message, "mode": self.mode}))
+        message = drafts[-1].message
+        if status is TaskStatus.FAILED:
+            state["error_message"] = message
+        broker.task = broker.task.to(status, message)
+        await broker.publish(drafts, **state)
+        self.counters["events"] += len(drafts)
+        await self._save(broker.task, broker.state)
+        del self._active[broker.task.id]
+        broker.end()
+        active.done.set()
+        self._release(broker)
+
+    def _verdict(self, active: ActiveRun, outcome: Outcome) -> tuple[TaskStatus, EventType, str]:
+        error = outcome.error
+        if active.stop_reason is StopReason.TIMEOUT:
+            error = RunFailed(f"timed out after {active.run.options['timeout']:g} s (options.timeout)")
+        elif active.stop_reason is not None:
+            return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, active.stop_reason.value
+        elif error is None and not isinstance(outcome.result, Mapping | None):
+            error = RunFailed(f"the runner must return a mapping or None, not {type(outcome.result).__name__}")
+        if error is None:
+            return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
+        reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        logger.error("task id=%s failed=%r", active.run.task_id, active.run.redact(reason))
+        return TaskStatus.FAILED, EventType.TASK_ERROR, reason
+
+
+def _guarded(call: Callable[..., Any], *args: Any) -> Outcome:
+    """The boundary to other people's code: whatever it raises, SystemExit too, is a result here and stops no loop."""
+    try:
+        return Outcome(call(*args))
+    except BaseException as error:
+        return Outcome(error=error)
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    parts = [f"{len(result['files'])} files"] if isinstance(result.get("files"), list) else []
+    parts += [f"{result['rounds']} rounds"] if "rounds" in result else []
+    parts += [f"${result['cost'].get('total_cost', 0):.4f}"] if isinstance(result.get("cost"), dict) else []
+    return ", ".join(parts) or "done"
+
+
+# -----------------------------------------------------------------------------
+# Routes
+# -----------------------------------------------------------------------------
+
+
+def _supervisor(connection: Request | WebSocket) -> Supervisor:
+    supervisor: Supervisor = connection.app.state.supervisor
+    return supervisor
+
+
+def _query(params: QueryParams, name: str, default: Any, parse: Callable[[str], Any], expected: str) -> Any:
+    """A parameter of the query string. Raises InvalidRequest."""
+    try:
+        return parse(params[name]) if name in params else default
+    except ValueError:
+        raise InvalidRequest(f"{name} must be {expected}, not {shown(params[name])}") from None
+
+
+def _whole(params: QueryParams, name: str, default: int, low: int = 0, high: int = 2**53) -> int:
+    """The default bounds are those of an event id: what a JavaScript client can count to."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,16}", text) or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    number: int = _query(params, name, default, parse, f"a whole number from {low} to {high}")
+    return number
+
+
+def _types(params: QueryParams) -> frozenset[EventType] | None:
+    parse = lambda text: frozenset(map(EventType, text.split(","))) if text else None  # noqa: E731
+    types: frozenset[EventType] | None = _query(params, "types", None, parse, f"some of {','.join(EventType)}")
+    return types
+
+
+async def _json_object(request: Request, limit: int, patience: float) -> dict[str, Any]:
+    """Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout, InvalidRequest."""
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType(f"Content-Type must be application/json, not {shown(media_type)}")
+    body = bytearray()
+    try:
+        with anyio.fail_after(patience):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise PayloadTooLarge(f"the body must be at most {limit} bytes")
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not come within {patience:g} s") from None
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(bytes(body), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body must be JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be an object, not {kind_of(value)}")
+    return value
+
+
+def _text(body: Mapping[str, Any], name: str, longest: int) -> str:
+    if name not in body:
+        raise InvalidRequest(f"{name} is missing")
+    if not isinstance(value := body[name], str):
+        raise InvalidRequest(f"{name} must be a string, not {kind_of(value)}")
+    if not value.strip() or len(value) > longest:
+        raise InvalidRequest(f"{name} must be 1 to {longest} characters, not only blanks; it has {len(value)}")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise InvalidRequest(f"{name} must be Unicode text; it holds an unpaired surrogate")
+    return value
+
+
+async def create_task(request: Request) -> Response:
+    supervisor, settings = _supervisor(request), _supervisor(request).settings
+    # JSON may take twelve bytes for a character: two escaped surrogates.
+    body = await _json_object(request, 12 * settings.max_prompt + 65536, settings.send_timeout)
+    if unknown := sorted(set(body) - {"input_prompt", "title", "options"}):
+        raise InvalidRequest(f"{shown(unknown[0])} is unknown; the fields are input_prompt, title, options")
+    prompt = _text(body, "input_prompt", settings.max_prompt)
+    title = _text(body, "title", 200) if "title" in body else prompt.strip().splitlines()[0][:80]
+    options = parse_options(body.get("options", {}), settings.task_timeout)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
+    task, created = await supervisor.submit(prompt, title, options, key)
+    location = request.url_for("task", task_id=task.id).path
+    return JSONResponse(asdict(task), 201 if created else 200, {"Location": location})
+
+
+async def list_tasks(request: Request) -> Response:
+    params = request.query_params
+    page, size = _whole(params, "page", 1, 1, 10**9), _whole(params, "page_size", 10, 1, 100)
+    status = _query(params, "status", None, TaskStatus, f"one of {', '.join(TaskStatus)}")
+    tasks, total = await _supervisor(request).store.page(status, (page - 1) * size, size)
+    pages = {"total": total, "page": page, "page_size": size, "total_pages": -(-total // size)}
+    return JSONResponse({"items": [asdict(task) for task in tasks], **pages})
+
+
+async def get_task(request: Request) -> Response:
+    return JSONResponse(asdict(await _supervisor(request).get(request.path_params["task_id"])))
+
+
+async def delete_task(request: Request) -> Response:
+    await _supervisor(request).delete(request.path_params["task_id"])
+    return Response(status_code=204)
+
+
+async def get_state(request: Request) -> Response:
+    return JSONResponse((await _supervisor(request).state(request.path_params["task_id"])).as_dict())
+
+
+async def run_task(request: Request) -> Response:
+    restart = _query(request.query_params, "restart", False, parse_bool, "true or false")
+    return JSONResponse(asdict(await _supervisor(request).start(request.path_params["task_id"], restart)), 202)
+
+
+async def cancel_task(request: Request) -> Response:
+    return JSONResponse(asdict(await _supervisor(request).cancel(request.path_params["task_id"])), 202)
+
+
+async def get_events(request: Request) -> Response:
+    """A page of the log; the live stream for a client that accepts text/event-stream."""
+    supervisor, task_id, params = _supervisor(request), request.path_params["task_id"], request.query_params
+    types, resume = _types(params), request.headers.get("last-event-id")
+    after = _whole(params if resume is None else QueryParams({"after": resume}), "after", 0)
+    state = await supervisor.state(task_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        if resume is not None and state.status in ENDED and after >= state.last_event_id:
+            return Response(status_code=204)  # which keeps an EventSource from connecting again
+        stack = contextlib.AsyncExitStack()
+        return EventStream(await stack.enter_async_context(supervisor.watch(task_id, after, types)), stack, supervisor)
+    events = await supervisor.store.read(task_id, after, _whole(params, "limit", 1000, 1, 1000))
+    last = events[-1].event_id if events else min(after, state.last_event_id)
+    data = ",".join(event.data for event in events if types is None or event.event_type in types)
+    more = encode(last < state.last_event_id)
+    return Response(f'{{"events":[{data}],"last_event_id":{last},"has_more":{more}}}', media_type="application/json")
+
+
+async def list_artifacts(request: Request) -> Response:
+    task = await _supervisor(request).get(request.path_params["task_id"])
+    files = await anyio.to_thread.run_sync(list, list_files(_supervisor(request).settings.workspace / task.id))
+    return JSONResponse([{"path": path, "size": size, "modified": now(at / 1e9)} for path, size, at in files])
+
+
+async def get_artifact(request: Request) -> Response:
+    """One file the team wrote: as plain text where it is text, as a download where not."""
+    task, path = await _supervisor(request).get(request.path_params["task_id"]), request.path_params["path"]
+    found = await anyio.to_thread.run_sync(_read_artifact, _supervisor(request).settings.workspace / task.id, path)
+    if found is None:
+        raise ArtifactNotFound(f"artifact {shown(path)} not found; GET /api/tasks/{task.id}/artifacts lists what is")
+    file, is_text = found
+    headers = {"X-Content-Type-Options": "nosniff"}
+    if is_text:
+        return FileResponse(file, media_type="text/plain; charset=utf-8", headers=headers)
+    return FileResponse(file, media_type="application/octet-stream", filename=file.name, headers=headers)
+
+
+def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
+    """The file and whether it is text; None where it is none of the workspace's: hidden, outside, or a link out."""
+    try:
+        file = (root / path).resolve(strict=True)
+        inside = file.relative_to(root.resolve())
+        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
+            return None
+        with file.open("rb") as opened:
+            opened.read(65536).decode()
+            return file, True
+    except UnicodeDecodeError as error:
+        return file, error.reason == "unexpected end of data" and error.start > 65530  # cut inside a character
+    except (OSError, ValueError):
+        return None
+
+
+async def get_health(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    status = {"status": "error" if supervisor.engine_error else "ok", "mode": supervisor.mode}
+    load = {name: getattr(supervisor, name) for name in ("engine", "running", "waiting", "clients", "abandoned")}
+    body = {**status, **load, "tasks": dict(await supervisor.store.count())}
+    return JSONResponse(body, 503 if supervisor.engine_error else 200)
+
+
+async def get_metrics(request: Request) -> Response:
+    """Prometheus text exposition format 0.0.4."""
+    supervisor, lines = _supervisor(request), ["# TYPE streamer_tasks gauge"]
+    count = await supervisor.store.count()
+    lines += [f'streamer_tasks{{status="{status}"}} {count.get(status, 0)}' for status in TaskStatus]
+    for name in ("running", "waiting", "clients"):
+        lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {getattr(supervisor, name)}"]
+    for name in ("events", "deliveries", "clients", "slow_clients"):
+        lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {supervisor.counters[name]}"]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+async def get_index(request: Request) -> Response:
+    """What to type next, for somebody who opens the address in a browser."""
+    base = str(request.base_url).rstrip("/")
+    body = '{"input_prompt": "Build a todo app"}'
+    return PlainTextResponse(
+        f"streamer, {_supervisor(request).mode} mode\n\n"
+        f"curl {base}/api/tasks -H 'Content-Type: application/json' -d '{body}'\n"
+        f"wscat -c {base.replace('http', 'ws', 1)}/ws/tasks/<id>\n"
+        f"curl -N {base}/api/tasks/<id>/events -H 'Accept: text/event-stream'\n"
+    )
+
+
+def connected_message(subscription: Subscription) -> str:
+    broker, task = subscription.broker, subscription.broker.task
+    note = " (test mode: a scripted team)" if task.mode == "test" else ""
+    data: dict[str, Any] = {"task_id": task.id, "message": f"watching {shown(task.title)}{note}", "mode": task.mode}
+    log = {"first_event_id": broker.first_event_id, "last_event_id": broker.state.last_event_id}
+    return envelope("connected", {**data, "status": task.status, **log, "recovered": subscription.recovered})
+
+
+class EventStream(StreamingResponse):
+    """The SSE twin of the socket: the same messages, with `id:` on events, so that a client can resume."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, subscription: Subscription, stack: contextlib.AsyncExitStack, supervisor: Supervisor) -> None:
+        self._subscription, self._stack, self._supervisor = subscription, stack, supervisor
+        super().__init__(self._chunks(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def _chunks(self) -> AsyncIterator[str]:
+        yield f"data: {connected_message(self._subscription)}\n\n"
+        try:
+            async for events, state in self._subscription:
+                self._supervisor.counters["deliveries"] += len(events)
+                chunk = "".join(f"id: {event.event_id}\ndata: {event.message}\n\n" for event in events)
+                yield chunk + (f"data: {state}\n\n" if state else "")
+        except StreamerError as error:
+            yield f"data: {envelope('error', error.as_dict())}\n\n"
+
+    async def stream_response(self, send: Send) -> None:
+        async def timed(message: Message) -> None:
+            with anyio.fail_after(self._supervisor.settings.send_timeout):
+                await send(message)
+
+        async with self._stack:
+            try:
+                await super().stream_response(timed)
+            except TimeoutError:
+                raise SlowClient("a send was blocked for send_timeout") from None
+
+
+async def watch_task(websocket: WebSocket) -> None:
+    """The stream of one task. Refusals accept first: a browser cannot read the status of a failed handshake."""
+    supervisor, params = _supervisor(websocket), websocket.query_params
+    await websocket.accept()
+    try:
+        start = _query(params, "start", True, parse_bool, "true or false")
+        after, types = _whole(params, "after", 0), _types(params)
+        async with supervisor.watch(websocket.path_params["task_id"], after, types) as subscription:
+            await SocketStream(websocket, supervisor, subscription).run(start)
+        await websocket.close(1000)
+    except WebSocketDisconnect:
+        return
+    except StreamerError as error:
+        with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
+            await websocket.send_text(envelope("error", error.as_dict()))
+            await websocket.close(error.close_code)
+
+
+class SocketStream:
+    """One WebSocket client: deliveries out, its messages in; the first of the two to end ends both."""
+
+    def __init__(self, websocket: WebSocket, supervisor: Supervisor, subscription: Subscription) -> None:
+        self._websocket, self._supervisor, self._subscription = websocket, supervisor, subscription
+
+    async def run(self, start: bool) -> None:
+        """Raises WebSocketDisconnect when the client goes, StreamerError for what ends the stream early."""
+        ended_by: list[Exception] = []
+
+        async def first(half: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await half()
+            except (StreamerError, WebSocketDisconnect) as error:
+                ended_by.append(error)
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(first, self._listen)
+            group.start_soon(first, partial(self._deliver, start))
+        if ended_by:
+            raise ended_by[0]
+
+    async def _send(self, text: str) -> None:
+        timeout = self._supervisor.settings.send_timeout
+        try:
+            with anyio.fail_after(timeout):
+                await self._websocket.send_text(text)
+        except TimeoutError:
+            resume = f"connect again with after={self._subscription.cursor}"
+            raise SlowClient(f"a send was blocked for {timeout:g} s; {resume}") from None
+
+    async def _deliver(self, start: bool) -> None:
+        broker = self._subscription.broker
+        await self._send(connected_message(self._subscription))
+        async for events, state in self._subscription:
+            for event in events:
+                await self._send(event.message)
+            if state is not None:
+                await self._send(state)
+            self._supervisor.counters["deliveries"] += len(events)
+            if start and broker.task.status is TaskStatus.PENDING:
+                await self._supervisor.start(broker.task.id)
+            start = False
+
+    async def _listen(self) -> None:
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1005))
+            try:
+                await self._obey(message.get("text"))
+            except StreamerError as error:
+                await self._send(envelope("error", error.as_dict()))
+
+    async def _obey(self, text: str | None) -> None:
+        task_id = self._subscription.broker.task.id
+        try:
+            request = json.loads(text or "")
+        except (ValueError, RecursionError):
+            request = None
+        kind = request.get("type") if isinstance(request, dict) else None
+        if kind == "ping":
+            await self._send(envelope("pong", {"task_id": task_id}))
+        elif kind == "cancel":
+            await self._supervisor.cancel(task_id)
+        else:
+            came = "a binary frame" if text is None else shown(text)
+            raise InvalidRequest(f'expected {{"type": "ping"}} or {{"type": "cancel"}}, not {came}')
+
+
+ROUTES = [
+    Route("/", get_index),
+    Route("/healthz", get_health),
+    Route("/metrics", get_metrics),
+    Route("/api/tasks", create_task, methods=["POST"]),
+    Route("/api/tasks", list_tasks),
+    Route("/api/tasks/{task_id}", get_task, name="task"),
+    Route("/api/tasks/{task_id}", delete_task, methods=["DELETE"]),
+    Route("/api/tasks/{task_id}/state", get_state),
+    Route("/api/tasks/{task_id}/run", run_task, methods=["POST"]),
+    Route("/api/tasks/{task_id}/cancel", cancel_task, methods=["POST"]),
+    Route("/api/tasks/{task_id}/events", get_events),
+    Route("/api/tasks/{task_id}/artifacts", list_artifacts),
+    Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
+    WebSocketRoute("/ws/tasks/{task_id}", watch_task),
+]
+
+
+# -----------------------------------------------------------------------------
+# Application
+# -----------------------------------------------------------------------------
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    """Every error as JSON: ours, Starlette's own (404, 405), and faults, which the log tells of."""
+    if isinstance(error, StreamerError):
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return JSONResponse({"error": error.as_dict()}, error.status, headers)
+    if isinstance(error, HTTPException):
+        code = error.detail.lower().replace(" ", "_")
+        message = f"{request.method} {shown(request.url.path)}: {error.detail}"
+        return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
+    return JSONResponse({"error": {"code": "internal_error", "message": "the server failed; its log says why"}}, 500)
+
+
+def create_app(settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None) -> Starlette:
+    """An ordinary ASGI application.
+
+    Settings come from the environment by default, the runner is MetaGPT or in test mode the scripted
+    team, the store is in memory. Raises SettingsError, also where MetaGPT has no model.
+    """
+    settings = settings or Settings.from_environ()
+    runner = runner or (run_scripted if settings.test_mode else run_metagpt)
+    warm_up = None
+    if runner is run_metagpt:
+        model_config(os.environ)
+        warm_up = partial(load_metagpt, settings.workspace)
+    store = store or MemoryStore(settings)
+    supervisor = Supervisor(settings, store, runner, warm_up, known_secrets(os.environ))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with supervisor.open():
+            yield
+
+    handlers: dict[Any, Any] = dict.fromkeys((StreamerError, HTTPException, Exception), _on_error)
+    app = Starlette(routes=ROUTES, exception_handlers=handlers, lifespan=lifespan)
+    app.state.supervisor = supervisor
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but runs are stopped and clients told before it closes their connections."""
+
+    def __init__(self, app: Starlette, settings: Settings) -> None:
+        self.supervisor: Supervisor = app.state.supervisor
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            ws="websockets-sansio",
+            ws_max_size=65536,  # clients have little to say
+            ws_per_message_deflate=False,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, int(0.1 * settings.grace)),
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self.supervisor.close()
+        await super().shutdown(sockets)
+
+    def _log_started_message(self, listeners: Sequence[Any]) -> None:
+        host, port = listeners[0].getsockname()[:2]
+        logger.info("listening url=http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+
+def serve(app: Starlette, settings: Settings) -> None:
+    """Serves what `create_app` made, until SIGINT or SIGTERM."""
+    server = Server(app, settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if server.supervisor.abandoned:
+        logging.shutdown()
+        os._exit(1)  # a thread that does not stop would keep the process
+
+
+EXAMPLES = """examples:
+  python streamer.py --test-mode              serve a scripted team, no key needed
+  python streamer.py                          serve MetaGPT (OPENAI_API_KEY or ~/.metagpt/config2.yaml)
+  python streamer.py run "Build a todo app"   run one task here, in the terminal
+
+A flag is also a variable: --max-running is STREAMER_MAX_RUNNING."""
+
+
+def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="streamer.py",
+        description="Watch a MetaGPT team work, live, over WebSocket and SSE.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", choices=["serve", "run"], default="serve", help="default: serve")
+    parser.add_argument("prompt", nargs="?", help="what to build, for run")
+    for item in fields(Settings):
+        flag, text = f"--{item.name.replace('_', '-')}", f"{item.metadata['help']} ({item.default})"
+        if item.default is False:
+            parser.add_argument(flag, nargs="?", const="true", metavar="BOOL", help=text)
+        else:
+            parser.add_argument(flag, metavar=item.name.split("_")[-1].upper(), help=text)
+    arguments = vars(parser.parse_args(argv))
+    if (arguments["command"] == "run") != (arguments["prompt"] is not None):
+        parser.error("run takes one prompt, in quotes; serve takes none")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0; 1 where the task failed, 2 for wrong usage or settings, 130 if interrupted."""
+    arguments = _arguments(argv)
+    command, prompt = arguments.pop("command"), arguments.pop("prompt")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logger.setLevel(logging.INFO if command == "serve" else logging.CRITICAL)
+    try:
+        settings = Settings.from_environ(**arguments)
+        app = create_app(settings)
+        if command == "serve":
+            serve(app, settings)
+            return 0
+        prompt = _text({"prompt": prompt}, "prompt", settings.max_prompt)
+        return 0 if anyio.run(_run_here, app.state.supervisor, prompt) is TaskStatus.SUCCEEDED else 1
+    except (SettingsError, InvalidRequest) as error:
+        print(f"streamer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _run_here(supervisor: Supervisor, prompt: str) -> TaskStatus:
+    async with supervisor.open():
+        options = parse_options({}, supervisor.settings.task_timeout)
+        task, _ = await supervisor.submit(prompt, prompt[:80], options)
+        async with supervisor.watch(task.id) as subscription:
+            await supervisor.start(task.id)
+            transcript = Transcript()
+            async for events, state in subscription:
+                for message in [*(event.message for event in events), *([state] if state else [])]:
+                    transcript.show(json.loads(message))
+        print(f"files: {supervisor.settings.workspace / task.id}")
+        return subscription.broker.task.status
+
+
+class Transcript:
+    """Shows a task's messages as plain lines; the tokens of one model call run on."""
+
+    def __init__(self) -> None:
+        self._call: str | None = None  # whose tokens the current line holds
+        self._progress = -1
+
+    def show(self, message: Mapping[str, Any]) -> None:
+        data, kind = message["data"], message["type"]
+        if kind == "event" and data["event_type"] == EventType.TOKEN:
+            if self._call != data["payload"].get("call_id"):
+                self._line("")
+                self._call = data["payload"].get("call_id")
+            print(printable(data["payload"]["message"]), end="", flush=True)
+        elif kind == "event":
+            text = printable(data["payload"]["message"][:300]).replace("\n", " ")
+            self._line(f"[{data['agent_role'] or 'streamer'}] {data['event_type']}: {text}")
+        elif kind == "state":
+            if (percent := int(100 * data["progress"])) != self._progress:
+                self._progress = percent
+                self._line(f"-- {data['status']} {percent}% ${data['cost']['total_cost']:.4f}")
+        else:
+            self._line(f"{kind}: {printable(data.get('message', ''))}")
+
+    def _line(self, text: str) -> None:
+        if self._call is not None:
+            self._call = None
+            print()
+        if text:
+            print(text, flush=True)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that steer a terminal: the text is a model's."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
