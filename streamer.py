@@ -642,10 +642,10 @@ class Subscription:
                     yield self._delivery((), fresh=True)
 
     def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
-        state = None
-        if fresh or (self._seen != self.broker.version and self.cursor >= self.broker.state.last_event_id):
-            self._seen = self.broker.version
+        state, caught_up = None, self.cursor >= self.broker.state.last_event_id
+        if fresh or (caught_up and self._seen != self.broker.version):
             state = self.broker.state_message(fresh)
+            self._seen = self.broker.version if caught_up else -1  # it comes again, behind the replay
         if self._types is not None:
             events = [event for event in events if event.event_type in self._types]
         return Delivery(events, state)
@@ -712,9 +712,19 @@ class Run:
             raise ValueError(f"event_type must be one of {', '.join(RUNNER_TYPES)}, not {event_type!r}")
         self._put(self.draft(kind, payload or {}, agent_role))
 
-    def update(self, **state: Any) -> None:
-        """Sets fields of the state: `progress` (0 to 1, never falls), `cost`, `waiting`, `current_agent`."""
-        self._put(state)
+    def update(self, *, progress: float | None = None, cost: Mapping[str, float] | None = None) -> None:
+        """Sets the state's `progress` (0 to 1; it never falls) and `cost` (see NO_COST).
+
+        Raises ValueError for a progress that is no finite number.
+        """
+        if progress is not None and not math.isfinite(progress):
+            raise ValueError(f"progress must be a number from 0 to 1, not {progress}")
+        given = {"progress": progress, "cost": fit(cost)}
+        self._put({name: value for name, value in given.items() if value is not None})
+
+    def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
+        """Shows the agent as waiting for its model from now on; without arguments, that none does."""
+        self._put({"waiting": (fit(agent_role), fit(action), time.monotonic()) if agent_role else None})
 
     def check_cancelled(self) -> None:
         """Raises RunCancelled once the task was cancelled, has timed out, or the server stops."""
@@ -757,10 +767,10 @@ class Run:
     def draft(self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None) -> Draft:
         message = payload.get("message", kind.value)
         if not isinstance(message, str) or "message" not in payload:
-            message = str(message)
+            message = str(fit(message))
             payload = {**payload, "message": message}
         encoded = self.redact(encode_payload(payload, self._max_bytes))
-        return Draft(kind, agent_role, now(), self.redact(message[:300]), encoded)
+        return Draft(kind, agent_role, now(), self.redact(fit(message[:300])), encoded)
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -843,9 +853,10 @@ def run_scripted(run: Run) -> Mapping[str, Any]:
         text = text.replace("{prompt}", run.prompt)
         call = {"action": action, "call_id": uuid.uuid4().hex[:12]}
         run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
-        run.update(waiting=(role, action, time.monotonic()), cost=cost)
+        run.update(cost=cost)
+        run.waits_for_model(role, action)
         run.wait(0.5)
-        run.update(waiting=None)
+        run.waits_for_model()
         pieces = re.findall(r"\S+\s*", text)
         for piece in pieces:
             run.emit("TOKEN", {"message": piece, **call}, role)
@@ -886,12 +897,12 @@ def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
     The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
     wins. Raises SettingsError where there is no model, or its vendor's SDK is missing.
     """
-    import yaml
-
     config: dict[str, Any] = {}
     root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
     for path in (root / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"):
         if path.exists():
+            import yaml
+
             try:
                 loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             except (OSError, ValueError, yaml.YAMLError) as error:
@@ -1114,7 +1125,7 @@ class _Team:
     def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
         self.engine, self.run = engine, run
         self.models: list[Any] = []
-        self.calls: dict[str, tuple[str, str | None, float]] = {}  # those that no token has come from
+        self.calls: dict[str, tuple[str, str | None]] = {}  # those that no token has come from
         self.files_coded = 0
         config = engine.config.model_copy(deep=True)
         # Left without a project name, MetaGPT takes the model's, and deletes the folder that has it.
@@ -1204,8 +1215,9 @@ class _Team:
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
         speaker = _speaker.get()
         sender, to = (speaker.role if speaker else "Human"), sorted(_class_name(name) for name in message.send_to)
+        documents = dict.fromkeys(re.findall(r'"filename":"([^"]+)"', message.content))
         payload = {
-            "message": f"{sender} to {', '.join(to)}: {message.content[:200]}",
+            "message": f"{sender} to {', '.join(to)}: {', '.join(documents) or message.content[:200]}",
             "content": message.content,
             "cause_by": _class_name(message.cause_by),
             "sent_from": sender,
@@ -1284,8 +1296,8 @@ class _Team:
             raise _GiveUp(f"the budget is spent: {spent}; a larger options.investment allows more")
         speaker = _speaker.get() or _Speaker(self, "Team")
         call = speaker.call = _ModelCall(speaker)
-        self.calls[call.id] = (speaker.role, call.action, time.monotonic())
-        self.run.update(waiting=next(iter(self.calls.values())))
+        self.calls[call.id] = (speaker.role, call.action)
+        self.run.waits_for_model(*next(iter(self.calls.values())))
         try:
             answer = await original(*args, **kwargs)
             if not isinstance(answer, str):  # it was not streamed
@@ -1299,7 +1311,7 @@ class _Team:
 
     def answering(self, call: _ModelCall) -> None:
         if self.calls.pop(call.id, None):
-            self.run.update(waiting=next(iter(self.calls.values()), None))
+            self.run.waits_for_model(*next(iter(self.calls.values()), ()))
 
     def report_cost(self) -> dict[str, float]:
         spent, budget = self.context.cost_manager.get_costs(), self.context.cost_manager.max_budget
@@ -1623,7 +1635,7 @@ class Supervisor:
         active.running, active.scope = True, anyio.CancelScope()
         broker.task = broker.task.to(TaskStatus.RUNNING)
         draft = run.draft(EventType.TASK_START, {"message": broker.task.title, "mode": self.mode})
-        await broker.publish([draft], status=TaskStatus.RUNNING, started_at=draft.timestamp)
+        await self._publish(broker, [draft], status=TaskStatus.RUNNING, started_at=draft.timestamp)
         await self._save(broker.task, broker.state)
         outcome = Outcome(abandoned=True)
         async with anyio.create_task_group() as group:
@@ -1646,11 +1658,14 @@ class Supervisor:
                 if isinstance(report, Draft):
                     drafts.append(report)
                 else:
-                    await active.broker.publish(drafts, **report)
+                    await self._publish(active.broker, drafts, **report)
                     drafts = []
-            await active.broker.publish(drafts)
-            self.counters["events"] += sum(isinstance(report, Draft) for report in reports)
+            await self._publish(active.broker, drafts)
             await anyio.lowlevel.checkpoint()  # others get a turn
+
+    async def _publish(self, broker: Broker, drafts: Sequence[Draft], **state: Any) -> None:
+        self.counters["events"] += len(drafts)
+        await broker.publish(drafts, **state)
 
     async def _conclude(self, active: ActiveRun, outcome: Outcome) -> None:
         """Decides the outcome, once, and publishes the terminal event and state (guarantees 2, 6, 7)."""
@@ -1672,8 +1687,7 @@ class Supervisor:
         if status is TaskStatus.FAILED:
             state["error_message"] = message
         broker.task = broker.task.to(status, message)
-        await broker.publish(drafts, **state)
-        self.counters["events"] += len(drafts)
+        await self._publish(broker, drafts, **state)
         await self._save(broker.task, broker.state)
         del self._active[broker.task.id]
         broker.end()
@@ -1691,7 +1705,7 @@ class Supervisor:
         if error is None:
             return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
         reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
-        logger.error("task id=%s failed=%r", active.run.task_id, active.run.redact(reason))
+        logger.error("task id=%s failed=%s", active.run.task_id, ascii(active.run.redact(reason)))
         return TaskStatus.FAILED, EventType.TASK_ERROR, reason
 
 
