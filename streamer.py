@@ -901,8 +901,7 @@ def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
     root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
     for path in (root / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"):
         if path.exists():
-            import yaml
-
+            yaml = importlib.import_module("yaml")
             try:
                 loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             except (OSError, ValueError, yaml.YAMLError) as error:
