@@ -398,6 +398,7 @@ def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
     if unknown := sorted(set(given) - set(OPTIONS)):
         raise InvalidRequest(f"options.{unknown[0][:64]} is unknown; the options are {', '.join(OPTIONS)}")
+    given = {name: value for name, value in given.items() if value is not OPTIONS[name][0]}  # null too, as answered
     for name, value in given.items():
         if not OPTIONS[name][2](value):
             raise InvalidRequest(f"options.{name} must be {OPTIONS[name][1]}, not {kind_of(value)}")
@@ -2155,9 +2156,15 @@ def serve(app: Starlette, settings: Settings) -> None:
     server = Server(app, settings)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
-    if server.supervisor.abandoned:
+    leave_threads(server.supervisor, 0)
+
+
+def leave_threads(supervisor: Supervisor, code: int) -> None:
+    """Ends the process where a thread that cannot be stopped would keep it: an abandoned run, MetaGPT's import."""
+    if supervisor.abandoned or supervisor.engine == "loading":
         logging.shutdown()
-        os._exit(1)  # a thread that does not stop would keep the process
+        sys.stdout.flush()
+        os._exit(code)
 
 
 EXAMPLES = """examples:
@@ -2202,13 +2209,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "serve":
             serve(app, settings)
             return 0
-        prompt = _text({"prompt": prompt}, "prompt", settings.max_prompt)
-        return 0 if anyio.run(_run_here, app.state.supervisor, prompt) is TaskStatus.SUCCEEDED else 1
+        return _run(app.state.supervisor, _text({"prompt": prompt}, "prompt", settings.max_prompt))
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
+
+
+def _run(supervisor: Supervisor, prompt: str) -> int:
+    try:
+        code = 0 if anyio.run(_run_here, supervisor, prompt) is TaskStatus.SUCCEEDED else 1
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    leave_threads(supervisor, code)
+    return code
 
 
 async def _run_here(supervisor: Supervisor, prompt: str) -> TaskStatus:

@@ -237,7 +237,8 @@ class ModelServer:
         self.requests: dict[str, list[str]] = defaultdict(list)  # mark → prompts
         self.ports: dict[int, set[str]] = defaultdict(set)  # a client's TCP port → marks that came through it
         self.usage: dict[str, Counter[str]] = defaultdict(Counter)
-        self.slow = threading.Event()  # until it is set, [slow] prompts are not answered
+        self.asked = threading.Event()  # a [slow] prompt has come
+        self.slow = threading.Event()  # until it is set, they are not answered
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -248,6 +249,7 @@ class ModelServer:
         self.ports[request.client.port].add(mark)
         turn = len(self.requests[mark])
         if "[slow]" in prompt:
+            self.asked.set()
             await asyncio.to_thread(self.slow.wait)
         if refusal := self._refusal(prompt, turn):
             return refusal
@@ -824,9 +826,11 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
 def test_metagpt_cancel_during_a_model_call(metagpt: tuple[Client, ModelServer, Process]) -> None:
     """A cancel ends a run that waits for its model; no model call starts after it."""
     client, model, _ = metagpt
+    model.asked.clear()
     task_id = client.create("[mark=stop] [slow]")
     with client.socket(task_id) as websocket:
         receive_until(websocket, lambda message: "waiting_on" in message["data"])
+        assert model.asked.wait(TIMEOUT)
         websocket.send('{"type": "cancel"}')
         record = Record(websocket)
     requests = len(model.requests["stop"])
