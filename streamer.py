@@ -38,6 +38,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -67,6 +68,8 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 __all__ = ["EventType", "Run", "Settings", "create_app", "run_metagpt", "run_scripted", "serve"]
 
@@ -218,15 +221,29 @@ RUNNER_TYPES = {kind.value: kind for kind in EventType if not kind.startswith("T
 
 
 class Event(NamedTuple):
-    """One entry of a task's log; `data` is its JSON object, encoded once for every client."""
+    """One entry of a task's log; its message is a WebSocket frame already, the same bytes for every client."""
 
     event_id: int
     event_type: EventType
-    data: str
+    frame: bytes
 
     @property
     def message(self) -> str:
-        return f'{{"type":"event","data":{self.data}}}'
+        return self.frame[2 if self.frame[1] < 126 else 4 if self.frame[1] == 126 else 10 :].decode()
+
+    @property
+    def data(self) -> str:
+        return self.message[len('{"type":"event","data":') : -1]
+
+
+def text_frame(message: str) -> bytes:
+    """RFC 6455, 5.2: what a server sends is not masked, so that one frame does for every client."""
+    payload = message.encode()
+    size = len(payload)
+    if size < 126:
+        return bytes((0x81, size)) + payload
+    head = struct.pack("!BBH", 0x81, 126, size) if size < 65536 else struct.pack("!BBQ", 0x81, 127, size)
+    return head + payload
 
 
 class Draft(NamedTuple):
@@ -239,12 +256,12 @@ class Draft(NamedTuple):
     payload: str
 
     def numbered(self, event_id: int, task_id: str) -> Event:
-        return Event(
-            event_id,
-            self.event_type,
-            f'{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
-            f'"agent_role":{encode(self.agent_role)},"event_type":"{self.event_type.value}","payload":{self.payload}}}',
+        role = "null" if self.agent_role is None else encode(self.agent_role)
+        message = (
+            f'{{"type":"event","data":{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
+            f'"agent_role":{role},"event_type":"{self.event_type.value}","payload":{self.payload}}}}}'
         )
+        return Event(event_id, self.event_type, text_frame(message))
 
 
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -256,8 +273,13 @@ def envelope(kind: str, data: Mapping[str, Any]) -> str:
 
 def now(at: float | None = None) -> str:
     """RFC 3339 in UTC, to the millisecond; `at`: seconds since the epoch."""
-    moment = datetime.now(UTC) if at is None else datetime.fromtimestamp(at, UTC)
-    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+    at = time.time() if at is None else at
+    return f"{_second(int(at))}.{int(at % 1 * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=16)
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def encode_payload(payload: Mapping[str, Any], max_bytes: int) -> str:
@@ -402,7 +424,8 @@ def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
     for name, value in given.items():
         if not OPTIONS[name][2](value):
             raise InvalidRequest(f"options.{name} must be {OPTIONS[name][1]}, not {kind_of(value)}")
-    options = {name: default for name, (default, _, _) in OPTIONS.items()} | {"timeout": task_timeout} | given
+    options: dict[str, Any] = {name: default for name, (default, _, _) in OPTIONS.items()}
+    options |= {"timeout": task_timeout} | given
     if options["timeout"] > task_timeout:
         raise InvalidRequest(f"options.timeout must be at most {task_timeout:g} s, the server's task_timeout")
     return options
@@ -534,10 +557,11 @@ class Broker:
         self.closing: StreamerError | None = None
         self.subscriptions: set[Subscription] = set()
         self._encoded = (-1, -1, "")
+        self._server_sent: tuple[Sequence[Event], str] = ((), "")
 
     async def publish(self, drafts: Sequence[Draft], **state: Any) -> None:
         """Stores events, then hands them over with the state they lead to; waits for no client (guarantees 3, 4, 9)."""
-        start = self.state.last_event_id + 1
+        start, version = self.state.last_event_id + 1, self.version
         events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
         if events:
             await self.store.append(self.task.id, events)
@@ -549,7 +573,22 @@ class Broker:
                 self._set("last_message", draft.message)
         for name, value in state.items():
             self._set(name, value)
+        if events or self.version != version:
+            self._hand_over(events, self.version != version)
+
+    def _hand_over(self, events: Sequence[Event], state_changed: bool) -> None:
+        frames, at, count = b"", 0.0, len(events)
+        cursor, version = self.state.last_event_id, self.version
         for subscription in self.subscriptions:
+            if subscription.idle and subscription.write is not None:
+                if not frames:
+                    frames = b"".join([event.frame for event in events])
+                    frames += text_frame(self.state_message()) if state_changed else b""
+                    at = anyio.current_time()
+                if subscription.write(frames):
+                    subscription.cursor, subscription.seen, subscription.spoke = cursor, version, at
+                    subscription.delivered += count
+                    continue
             subscription.offer(events)
 
     def _set(self, name: str, value: Any) -> None:
@@ -565,6 +604,13 @@ class Broker:
         if fresh or self._encoded[:2] != key:
             self._encoded = (*key, envelope("state", self.state.as_dict()))
         return self._encoded[2]
+
+    def server_sent(self, events: Sequence[Event]) -> str:
+        """The events as SSE; encoded once for all clients that are handed the same batch."""
+        if self._server_sent[0] is not events:
+            text = "".join([f"id: {event.event_id}\ndata: {event.message}\n\n" for event in events])
+            self._server_sent = (events, text)
+        return self._server_sent[1]
 
     def end(self, reason: StreamerError | None = None) -> None:
         """Ends every subscription once it has sent all there is (guarantee 2): normally, or with `reason`."""
@@ -589,7 +635,8 @@ class Subscription:
 
     A memory object stream wakes the client and hands over what is new; the log is the buffer. What
     would make the client lag by more than `subscriber_buffer` events is not handed over: the client
-    reads on from the log where its cursor stands (guarantee 4).
+    reads on from the log where its cursor stands (guarantee 4). To a client that has caught up the
+    broker writes ready frames itself, where the server offers it, and wakes nobody.
     """
 
     PAGE = 512  # events read from the log at once
@@ -598,9 +645,12 @@ class Subscription:
         self.broker = broker
         self.recovered = broker.first_event_id - 1 <= after <= broker.state.last_event_id
         self.cursor = after if self.recovered else broker.first_event_id - 1  # the last event delivered
-        self._types = types
-        self._seen = -1  # the version of the state last delivered
-        self._waiting = False
+        self.delivered = 0
+        self.idle = False  # waits, with nothing to deliver
+        self.types = types
+        self.write: Callable[[bytes], bool] | None = None  # to the transport; False where it takes no more
+        self.seen = -1  # the version of the state last delivered
+        self.spoke = anyio.current_time()  # when something was last delivered
         self._received: list[Sequence[Event]] = []
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
@@ -608,8 +658,8 @@ class Subscription:
     def offer(self, events: Sequence[Event]) -> None:
         """Wakes the client if it waits; hands over, without waiting, what it has room for."""
         lag = events[-1].event_id - self.cursor if events else math.inf
-        if self._waiting or lag <= self.broker.settings.subscriber_buffer:
-            self._waiting = False
+        if self.idle or lag <= self.broker.settings.subscriber_buffer:
+            self.idle = False
             with contextlib.suppress(anyio.WouldBlock):
                 self._send.send_nowait(events)
 
@@ -629,26 +679,29 @@ class Subscription:
             if events := self._handed_over() or await self._logged():
                 self.cursor = events[-1].event_id
                 yield self._delivery(events)
-            elif self._seen != broker.version:
+            elif self.seen != broker.version:
                 yield self._delivery(())
             elif broker.closing is not None:
                 raise broker.closing
             elif broker.ended:
                 return
             else:
-                self._waiting = True  # nothing was awaited since the checks above, so nothing was missed
-                with anyio.move_on_after(broker.settings.heartbeat) as silence:
+                self.idle = True  # nothing was awaited since the checks above, so nothing was missed
+                with anyio.CancelScope(deadline=self.spoke + broker.settings.heartbeat):
                     self._received.append(await self._receive.receive())
-                if silence.cancelled_caught:
+                self.idle = False
+                if anyio.current_time() >= self.spoke + broker.settings.heartbeat:
                     yield self._delivery((), fresh=True)
 
     def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
         state, caught_up = None, self.cursor >= self.broker.state.last_event_id
-        if fresh or (caught_up and self._seen != self.broker.version):
+        if fresh or (caught_up and self.seen != self.broker.version):
             state = self.broker.state_message(fresh)
-            self._seen = self.broker.version if caught_up else -1  # it comes again, behind the replay
-        if self._types is not None:
-            events = [event for event in events if event.event_type in self._types]
+            self.seen = self.broker.version if caught_up else -1  # it comes again, behind the replay
+        if self.types is not None:
+            events = [event for event in events if event.event_type in self.types]
+        self.delivered += len(events)
+        self.spoke = anyio.current_time()
         return Delivery(events, state)
 
     def _handed_over(self) -> Sequence[Event]:
@@ -658,12 +711,15 @@ class Subscription:
                 events = self._received.pop() if self._received else self._receive.receive_nowait()
                 if events and events[-1].event_id > self.cursor:
                     skip = self.cursor + 1 - events[0].event_id
-                    return events[skip:] if skip >= 0 else ()  # below 0: one before it found no room
+                    if skip < 0:
+                        return ()  # one before it found no room: the log has both
+                    return events[skip:] if skip else events
         return ()
 
     async def _logged(self) -> Sequence[Event]:
         if self.cursor >= self.broker.state.last_event_id:
             return ()
+        await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
         events = await self.broker.store.read(self.broker.task.id, self.cursor, self.PAGE)
         if events and events[0].event_id != self.cursor + 1:
             lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
@@ -696,7 +752,8 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._outbox: deque[Draft | dict[str, Any]] = deque()
         self._chars = 0
-        self._room = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._woken = self._finished = False
         self._ready = asyncio.Event()
 
@@ -766,12 +823,13 @@ class Run:
     # For the supervisor
 
     def draft(self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None) -> Draft:
-        message = payload.get("message", kind.value)
-        if not isinstance(message, str) or "message" not in payload:
-            message = str(fit(message))
+        message = payload.get("message")
+        if not isinstance(message, str):
+            message = kind.value if message is None else str(fit(message))
             payload = {**payload, "message": message}
-        encoded = self.redact(encode_payload(payload, self._max_bytes))
-        return Draft(kind, agent_role, now(), self.redact(fit(message[:300])), encoded)
+        text = message[:300]
+        text = self.redact(text if text.isascii() else fit(text))
+        return Draft(kind, agent_role, now(), text, self.redact(encode_payload(payload, self._max_bytes)))
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -788,23 +846,26 @@ class Run:
     async def take(self) -> list[Draft | dict[str, Any]]:
         """Waits for reports: drafts, and updates of the state, in order. Empty once finished."""
         await self._ready.wait()
-        with self._room:
+        with self._lock:
+            full = len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS
             taken = [self._outbox.popleft() for _ in range(min(self.BATCH, len(self._outbox)))]
             self._chars -= sum(len(item.payload) for item in taken if isinstance(item, Draft))
             if not self._outbox and not self._finished:
                 self._woken = False
                 self._ready.clear()
-            self._room.notify_all()
+            if full:
+                self._room.notify_all()
         return taken
 
     def _put(self, item: Draft | dict[str, Any]) -> None:
-        with self._room:
+        size = len(item.payload) if isinstance(item, Draft) else 0
+        with self._lock:
             while not self._finished and (len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS):
                 self._room.wait()
             if self._finished:
                 return
             self._outbox.append(item)
-            self._chars += len(item.payload) if isinstance(item, Draft) else 0
+            self._chars += size
             wake, self._woken = not self._woken, True
         if wake:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to see it
@@ -1421,7 +1482,7 @@ class Supervisor:
         self.settings, self.store = settings, store
         self.mode = "test" if settings.test_mode else "metagpt"
         self.clients = 0
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter(events=0, deliveries=0, clients=0, slow_clients=0)
         self.engine_error: str | None = None
         self.abandoned = 0  # threads that went on when their run had ended
         self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
@@ -1481,6 +1542,11 @@ class Supervisor:
     @property
     def waiting(self) -> int:
         return len(self._active) - self.running
+
+    @property
+    def deliveries(self) -> int:
+        live = sum(each.delivered for broker in self._brokers.values() for each in broker.subscriptions)
+        return self.counters["deliveries"] + live
 
     # What clients ask for. All of it raises TaskNotFound.
 
@@ -1576,6 +1642,7 @@ class Supervisor:
             raise
         finally:
             subscription.close()
+            self.counters["deliveries"] += subscription.delivered
             self.clients -= 1
             self._client_left.set()
             self._release(broker)
@@ -1915,8 +1982,8 @@ async def get_metrics(request: Request) -> Response:
     lines += [f'streamer_tasks{{status="{status}"}} {count.get(status, 0)}' for status in TaskStatus]
     for name in ("running", "waiting", "clients"):
         lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {getattr(supervisor, name)}"]
-    for name in ("events", "deliveries", "clients", "slow_clients"):
-        lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {supervisor.counters[name]}"]
+    for name, value in {**supervisor.counters, "deliveries": supervisor.deliveries}.items():
+        lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {value}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
@@ -1953,9 +2020,7 @@ class EventStream(StreamingResponse):
         yield f"data: {connected_message(self._subscription)}\n\n"
         try:
             async for events, state in self._subscription:
-                self._supervisor.counters["deliveries"] += len(events)
-                chunk = "".join(f"id: {event.event_id}\ndata: {event.message}\n\n" for event in events)
-                yield chunk + (f"data: {state}\n\n" if state else "")
+                yield self._subscription.broker.server_sent(events) + (f"data: {state}\n\n" if state else "")
         except StreamerError as error:
             yield f"data: {envelope('error', error.as_dict())}\n\n"
 
@@ -1984,9 +2049,21 @@ async def watch_task(websocket: WebSocket) -> None:
     except WebSocketDisconnect:
         return
     except StreamerError as error:
+        message = envelope("error", error.as_dict())
+        if isinstance(error, SlowClient) and (frames := _frames(websocket)):
+            frames["let_go"](text_frame(message), error.close_code, supervisor.settings.send_timeout)
+            return
         with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
-            await websocket.send_text(envelope("error", error.as_dict()))
+            await websocket.send_text(message)
             await websocket.close(error.close_code)
+
+
+FRAMES = "streamer.frames"  # an ASGI extension of FrameProtocol
+
+
+def _frames(websocket: WebSocket) -> Mapping[str, Callable[..., Any]]:
+    frames: Mapping[str, Callable[..., Any]] = websocket.scope.get("extensions", {}).get(FRAMES, {})
+    return frames
 
 
 class SocketStream:
@@ -2012,24 +2089,27 @@ class SocketStream:
         if ended_by:
             raise ended_by[0]
 
-    async def _send(self, text: str) -> None:
+    async def _send(self, text: str | None = None, **message: Any) -> None:
         timeout = self._supervisor.settings.send_timeout
         try:
             with anyio.fail_after(timeout):
-                await self._websocket.send_text(text)
+                await self._websocket.send({"type": "websocket.send", **({"text": text} if text else message)})
         except TimeoutError:
             resume = f"connect again with after={self._subscription.cursor}"
             raise SlowClient(f"a send was blocked for {timeout:g} s; {resume}") from None
 
     async def _deliver(self, start: bool) -> None:
-        broker = self._subscription.broker
+        broker, frames = self._subscription.broker, _frames(self._websocket)
         await self._send(connected_message(self._subscription))
+        if self._subscription.types is None:
+            self._subscription.write = frames.get("write")
         async for events, state in self._subscription:
-            for event in events:
-                await self._send(event.message)
-            if state is not None:
-                await self._send(state)
-            self._supervisor.counters["deliveries"] += len(events)
+            if frames:
+                parts = [event.frame for event in events] + ([text_frame(state)] if state else [])
+                await self._send(frames=b"".join(parts))
+            else:
+                for message in [*(event.message for event in events), *([state] if state else [])]:
+                    await self._send(message)
             if start and broker.task.status is TaskStatus.PENDING:
                 await self._supervisor.start(broker.task.id)
             start = False
@@ -2121,6 +2201,42 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
     return app
 
 
+class FrameProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol, which also takes ready frames: the ASGI extension `streamer.frames`.
+
+    `write(frames)` writes without waiting, or returns False where the client is behind or gone; a
+    `websocket.send` message may hold `frames`, and waits as usual; `let_go` ends a client that does
+    not read: it gets the seconds given to take what is on its way, then the connection is aborted.
+    """
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if self.response.status_code == 101:
+            offer: Any = {"write": self.write_frames, "let_go": self.let_go}
+            self.scope["extensions"][FRAMES] = offer
+
+    def write_frames(self, frames: bytes) -> bool:
+        if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
+            return False
+        self.transport.write(frames)
+        return True
+
+    def let_go(self, frames: bytes, code: int, seconds: float) -> None:
+        self.transport.write(frames + struct.pack("!BBH", 0x88, 2, code))
+        self.close_sent = True
+        self.transport.close()
+        self.loop.call_later(seconds, self.transport.abort)
+
+    async def send(self, message: Any) -> None:
+        if (frames := message.get("frames")) is None:
+            return await super().send(message)
+        await self.writable.wait()
+        if self.disconnected:
+            raise ClientDisconnected
+        if not self.close_sent:
+            self.transport.write(frames)
+
+
 class Server(uvicorn.Server):
     """uvicorn, but runs are stopped and clients told before it closes their connections."""
 
@@ -2130,7 +2246,7 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            ws="websockets-sansio",
+            ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
             ws_per_message_deflate=False,
             log_config=None,

@@ -1317,8 +1317,8 @@ def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
     go = threading.Event()
 
     def runner(run: Run) -> None:
-        run.waits_for_model("Architect", "WriteDesign")
         run.update(progress=0.7)
+        run.waits_for_model("Architect", "WriteDesign")
         run.update(progress=0.2)
         while not go.is_set():
             run.wait(0.01)
