@@ -827,6 +827,8 @@ class Run:
         if not isinstance(message, str):
             message = kind.value if message is None else str(fit(message))
             payload = {**payload, "message": message}
+        if agent_role is not None and not (isinstance(agent_role, str) and agent_role.isascii()):
+            agent_role = str(fit(agent_role))
         text = message[:300]
         text = self.redact(text if text.isascii() else fit(text))
         return Draft(kind, agent_role, now(), text, self.redact(encode_payload(payload, self._max_bytes)))
@@ -2058,6 +2060,13 @@ async def watch_task(websocket: WebSocket) -> None:
             await websocket.close(error.close_code)
 
 
+async def refuse_socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    error = TaskNotFound(f"{shown(websocket.url.path)} not found: the socket is /ws/tasks/<task id>")
+    await websocket.send_text(envelope("error", error.as_dict()))
+    await websocket.close(error.close_code)
+
+
 FRAMES = "streamer.frames"  # an ASGI extension of FrameProtocol
 
 
@@ -2085,7 +2094,7 @@ class SocketStream:
 
         async with anyio.create_task_group() as group:
             group.start_soon(first, self._listen)
-            group.start_soon(first, partial(self._deliver, start))
+            await first(partial(self._deliver, start))
         if ended_by:
             raise ended_by[0]
 
@@ -2155,6 +2164,7 @@ ROUTES = [
     Route("/api/tasks/{task_id}/artifacts", list_artifacts),
     Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
     WebSocketRoute("/ws/tasks/{task_id}", watch_task),
+    WebSocketRoute("/{path:path}", refuse_socket),
 ]
 
 
@@ -2214,6 +2224,16 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             offer: Any = {"write": self.write_frames, "let_go": self.let_go}
             self.scope["extensions"][FRAMES] = offer
+            del self.request  # 3 KB that nobody needs again
+
+    def send_receive_event_to_app(self) -> None:
+        try:
+            if self.curr_msg_data_type == "text":
+                b"".join(self.frames).decode()
+            super().send_receive_event_to_app()
+        except UnicodeDecodeError:  # uvicorn would log a traceback
+            self.conn.send_close(1007, "invalid UTF-8")
+            self.handle_parser_exception()
 
     def write_frames(self, frames: bytes) -> bool:
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
@@ -2228,6 +2248,8 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(seconds, self.transport.abort)
 
     async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.close":  # a client that never reads would keep the connection for ever
+            self.loop.call_later(2 * self.close_timeout, self.transport.abort)
         if (frames := message.get("frames")) is None:
             return await super().send(message)
         await self.writable.wait()

@@ -1,6 +1,7 @@
 """Tests of streamer, in the order of its sections, and two commands beside them.
 
     pytest                                      the tests
+    python test_streamer.py bench               the benchmark: every target, beside what was measured
     python test_streamer.py <task_id> [--url …] watch a task on a running server; exits 0 if it SUCCEEDED
 
 MetaGPT is tested by running it: `ModelServer` stands in for the model's HTTP API, not for MetaGPT. What
@@ -19,13 +20,18 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import selectors
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +49,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -50,7 +57,7 @@ import streamer
 from streamer import EventType, Run, Settings, TaskStatus, create_app
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT = 60.0  # seconds; what takes longer hangs
+TIMEOUT = 30.0  # seconds; what takes longer hangs
 KEY = "sk-secret-0123456789abcdef"
 WHOLE_RUN = set(EventType) - {"ERROR", "TASK_ERROR", "TASK_CANCELLED"}  # what a run that succeeds produces
 TERMINAL = ("TASK_COMPLETE", "TASK_ERROR", "TASK_CANCELLED")
@@ -170,17 +177,18 @@ class Process:
         self.popen = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environ, stdout=pipe, stderr=pipe)
         self.errors: list[str] = []
         self.output = b""
-        listening: list[str] = []
-        self._up = threading.Event()
+        self._said = threading.Condition()
+        self._ended = False
 
         def read_errors() -> None:
             assert self.popen.stderr is not None
             for line in self.popen.stderr:
-                self.errors.append(line.decode())
-                if found := re.search(r"listening url=(\S+)", self.errors[-1]):
-                    listening.append(found[1])
-                    self._up.set()
-            self._up.set()
+                with self._said:
+                    self.errors.append(line.decode())
+                    self._said.notify_all()
+            with self._said:
+                self._ended = True
+                self._said.notify_all()
 
         def read_output() -> None:
             assert self.popen.stdout is not None
@@ -189,13 +197,19 @@ class Process:
         self._readers = [threading.Thread(target=read) for read in (read_errors, read_output)]
         for reader in self._readers:
             reader.start()
-        self._listening = listening
+
+    def says(self, text: str) -> bool:
+        """Waits until a line on stderr holds `text`; False if the process ends without."""
+        with self._said:
+            self._said.wait_for(lambda: self._ended or text in "".join(self.errors), TIMEOUT)
+            return text in "".join(self.errors)
 
     @functools.cached_property
     def client(self) -> Client:
-        assert self._up.wait(TIMEOUT)
-        assert self._listening, "".join(self.errors)
-        return Client(self._listening[0])
+        assert self.says("listening url="), "".join(self.errors)
+        found = re.search(r"listening url=(\S+)", "".join(self.errors))
+        assert found is not None
+        return Client(found[1])
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         if self.popen.poll() is None:
@@ -266,6 +280,8 @@ class ModelServer:
     async def _chunks(self, head: dict[str, Any], text: str, usage: Any) -> Any:
         pieces = re.findall(r"\S+\s*|\s+", text)
         for piece, last in [(piece, False) for piece in pieces] + [("", True)]:
+            if piece == "[pause]\n":
+                await asyncio.to_thread(self.slow.wait)
             choice = {"index": 0, "delta": {"content": piece}, "finish_reason": "stop" if last else None}
             chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
             yield f"data: {json.dumps({**chunk, **({'usage': usage} if last and usage else {})})}\n\n"
@@ -281,6 +297,8 @@ class ModelServer:
         return None
 
     def _answer(self, last: str, prompt: str, mark: str, turn: int) -> str:
+        if "[pause]" in prompt:
+            return "first words [pause]\nand the rest"
         if "[garbage]" in prompt or ("[garbage once]" in prompt and turn == 1):
             return "I would rather not answer in JSON."
         if example := re.search(r"## format example\s*\[CONTENT\](.*?)\[/CONTENT\]", last, re.DOTALL):
@@ -711,6 +729,7 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     for event in record.of("TOKEN"):
         calls[event["payload"]["call_id"]] += event["payload"]["message"]
     assert len(calls) == len(model.requests["whole"])
+    assert len(record.of("TOKEN")) < sum(len(text.split()) for text in calls.values()) / 5  # merged by time
     assert sum("[CONTENT]" in text and "[/CONTENT]" in text for text in calls.values()) == 3
     files = {file["path"]: file["size"] for file in client.get(f"/api/tasks/{task_id}/artifacts")}
     written = {event["payload"]["path"]: event["payload"]["size"] for event in record.of("ARTIFACT")}
@@ -844,6 +863,18 @@ def test_metagpt_cancel_during_a_model_call(metagpt: tuple[Client, ModelServer, 
     again = client.post(f"/api/tasks/{task_id}/run?restart=true")
     assert again.status_code == 202
     assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+
+
+def test_metagpt_token_shows_while_the_model_pauses(metagpt: tuple[Client, ModelServer, Process]) -> None:
+    """What the model has said is seen before it says more."""
+    client, model, _ = metagpt
+    with client.socket(client.create("[mark=pause] [pause]")) as websocket:
+        token = receive_until(websocket, is_event("TOKEN"))
+        assert token["data"]["payload"]["message"] == "first words "
+        model.slow.set()
+        model.slow.clear()
+        websocket.send('{"type": "cancel"}')
+        assert Record(websocket).last_state["status"] == "CANCELLED"
 
 
 SYNC_FILE_OPERATION = """
@@ -1115,6 +1146,421 @@ def test_limits_of_tasks_and_clients(tmp_path: Path) -> None:
         gate.go.set()
 
 
+# Faults that others were reported to have; ours must not have their kind
+
+
+def test_fault_events_before_the_first_watcher_are_lost(tmp_path: Path) -> None:
+    """OpenHands/software-agent-sdk#1785. A run that ended before anybody looked is all there."""
+    ended = threading.Event()
+
+    def runner(run: Run) -> None:
+        burst(100)(run)
+        ended.set()
+
+    with live(runner, tmp_path) as client:
+        task_id = client.create()
+        client.post(f"/api/tasks/{task_id}/run")
+        assert ended.wait(TIMEOUT)
+        assert client.watch(task_id).ids == list(range(1, 104))
+
+
+def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
+    """coder/xum PR 2165. Fifty clients that connect amid a burst see each event once, in order."""
+    joined = [threading.Event() for _ in range(50)]
+
+    def runner(run: Run) -> None:
+        for event in joined:
+            burst(400)(run)
+            event.wait(TIMEOUT)
+
+    def join(number: int) -> list[int]:
+        with client.socket(task_id) as websocket:
+            receive_until(websocket, lambda message: message["type"] == "connected")
+            joined[number].set()
+            return Record(websocket).ids
+
+    with live(runner, tmp_path, subscriber_buffer=64) as client:
+        task_id = client.create()
+        with ThreadPoolExecutor(50) as pool:
+            assert set(map(tuple, pool.map(join, range(50)))) == {tuple(range(1, 20_004))}
+
+
+def test_fault_rejoining_a_finished_run_hangs(tmp_path: Path) -> None:
+    """aegra#472. Who comes when all is over gets the replay and a normal close, over and over."""
+    with live(burst(3), tmp_path) as client:
+        task_id = client.create()
+        records = [client.watch(task_id) for _ in range(5)]
+        assert {(tuple(record.ids), record.close_code) for record in records} == {((1, 2, 3, 4, 5, 6), 1000)}
+        assert client.get("/healthz")["clients"] == 0
+
+
+def test_fault_two_speakers_interleave_in_one_message(tmp_path: Path) -> None:
+    """agentscope-java#2500. Tokens of two roles that stream at once keep their role and their call."""
+    code = """
+import asyncio, streamer
+def runner(run):
+    engine = streamer.load_metagpt(run.workspace.parent)
+    async def speak(team, role):
+        streamer._speaker.set(streamer._Speaker(team, role, "Chat"))
+        await team.context.llm_with_cost_manager_from_llm_config(team.context.config.llm).aask(f"[mark={role}] speak")
+    async def work():
+        team = streamer._Team(engine, run)
+        await asyncio.gather(*[speak(team, role) for role in ("Architect", "Engineer", "Architect")])
+    asyncio.run(work())
+streamer.logging.basicConfig(level="INFO")
+settings = streamer.Settings(port=0)
+streamer.serve(streamer.create_app(settings, runner=runner), settings)
+"""
+    with model_server() as (_, url):
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
+        with process("-c", code, cwd=tmp_path, environ=environ) as server:
+            record = server.client.watch(server.client.create())
+    calls: dict[tuple[str, str], str] = defaultdict(str)
+    for event in record.of("TOKEN"):
+        calls[event["agent_role"], event["payload"]["call_id"]] += event["payload"]["message"]
+    said = sorted((role, text) for (role, _), text in calls.items())
+    roles = ("Architect", "Architect", "Engineer")
+    assert said == [(role, f"```python\nprint('[mark={role}]')\n```\n") for role in roles]
+
+
+@pytest.mark.anyio
+async def test_fault_another_threads_put_does_not_wake_the_loop(tmp_path: Path) -> None:
+    """cpython#97970. One emit on a loop that has nothing else to do is taken at once."""
+    run = Run(task(), Settings(workspace=tmp_path))
+    thread = threading.Timer(0.05, run.emit, ("LOG",))
+    thread.start()
+    with anyio.fail_after(TIMEOUT):
+        assert len(await run.take()) == 1
+    thread.join(TIMEOUT)
+
+
+def test_fault_the_loop_closes_under_a_worker(tmp_path: Path) -> None:
+    """anyio PR 1245. A thread that outlives the loop can emit, is not heard, and does not fail."""
+
+    async def orphan() -> Run:
+        return Run(task(), Settings(workspace=tmp_path))
+
+    run = asyncio.run(orphan())
+    run.emit("LOG", {"message": "nobody is left"})
+    run.update(progress=0.5)
+
+
+def test_fault_refusal_before_accept_is_a_403(tmp_path: Path) -> None:
+    """uvicorn#1181. A socket at a path that does not exist is told so, after it was accepted."""
+    with live(burst(1), tmp_path) as client:
+        url = client.url.replace("http", "ws", 1)
+        with connect(f"{url}/ws/nonsense", open_timeout=TIMEOUT) as websocket:
+            record = Record(websocket)
+    assert (record.messages[0]["data"]["code"], record.close_code) == ("task_not_found", 4404)
+
+
+def test_fault_shutdown_hangs_on_an_open_socket(tmp_path: Path) -> None:
+    """fastapi#709. A client that neither reads nor answers the close keeps no server alive."""
+    with process(SERVER, "--test-mode", "--port", "0", "--grace", "3", cwd=tmp_path) as server:
+        task_id = server.client.create()
+        with raw_socket(server.client, task_id), server.client.socket(task_id) as websocket:
+            receive_until(websocket, is_event("TOKEN"))
+            server.popen.send_signal(signal.SIGTERM)
+            assert Record(websocket).close_code == 1000
+            assert server.wait() == -signal.SIGTERM
+
+
+def test_fault_a_payload_json_cannot_carry_kills_the_stream(tmp_path: Path) -> None:
+    """hermes-agent#97288, python-socketio#1438, xagent PR 256. Each odd payload is an event like any other."""
+    odd: list[dict[str, Any]] = [
+        {"message": "lone \ud800"},
+        {"n": math.nan, "i": math.inf},
+        {"state": streamer.TaskState(task_id="x"), "set": {1}, "bytes": b"\x00\xff"},
+        cycle(),
+        {"message": "x" * 10_000_000},
+        {"message": None, "object": object()},
+    ]
+
+    def runner(run: Run) -> None:
+        for payload in odd:
+            run.emit("MESSAGE", payload, "Engineer\ud800")
+        run.update(progress=7.0, cost={"total_cost": math.nan})
+
+    def strict(constant: str) -> None:
+        raise AssertionError(constant)
+
+    with live(runner, tmp_path) as client, client.socket(client.create()) as websocket:
+        texts: list[str] = []
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                texts.append(str(websocket.recv(timeout=TIMEOUT)))
+        messages = [json.loads(text, parse_constant=strict) for text in texts]
+        assert websocket.close_code == 1000
+    events = [message["data"] for message in messages if message["type"] == "event"]
+    assert [event["event_type"] for event in events] == ["TASK_START", *["MESSAGE"] * 6, "RESULT", "TASK_COMPLETE"]
+    assert all(isinstance(event["payload"]["message"], str) for event in events)
+    assert events[5]["payload"]["truncated"] is True
+    assert messages[-1]["data"]["status"] == "SUCCEEDED"
+
+
+def test_fault_finished_runs_are_kept_for_ever(tmp_path: Path) -> None:
+    """deer-flow PR 5070. Beyond max_tasks the oldest go, with log and files."""
+
+    def runner(run: Run) -> None:
+        run.workspace.mkdir()
+
+    with live(runner, tmp_path, max_tasks=3) as client:
+        tasks = [client.create() for _ in range(1)]
+        for _ in range(9):
+            client.watch(tasks[-1])
+            tasks.append(client.create())
+        assert [item["id"] for item in client.get("/api/tasks")["items"]] == tasks[:-4:-1]
+        assert {path.name for path in tmp_path.iterdir()} == set(tasks[-3:-1])
+        assert client.http.get(f"/api/tasks/{tasks[0]}/events").status_code == 404
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seed", range(30))
+async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
+    """Random publishing, subscribing at any cursor, slow reading, dropping, filtering and ending, against a model."""
+    print("seed", seed)  # shown when it fails
+    chance = random.Random(seed)
+    settings: dict[str, Any] = {"subscriber_buffer": chance.choice([1, 2, 7, 256]), "max_events": 10_000}
+    broker = await new_broker(**settings)
+    published: list[int] = []  # the model: a client gets every event above its cursor, in order, then the end
+    checked = 0
+
+    async def client(after: int, types: frozenset[EventType] | None, lives: int, ready: bool) -> None:
+        nonlocal checked
+        subscription, seen, states = broker.subscribe(after, types), [], 0
+        if ready:
+            sent = bytearray()
+
+            def write(frames: bytes) -> bool:
+                accepted = chance.random() < 0.7
+                sent.extend(frames if accepted else b"")
+                return accepted
+
+            subscription.write = write
+        try:
+            async for events, state in subscription:
+                if ready:
+                    sent.extend(b"".join(event.frame for event in events))
+                seen += [event.event_id for event in events]
+                states += state is not None
+                for _ in range(chance.randrange(4)):
+                    await anyio.lowlevel.checkpoint()
+                lives -= 1
+                if lives == 0:
+                    break
+        finally:
+            subscription.close()
+        if ready:
+            seen = [int(number) for number in re.findall(rb'"event_id":(\d+)', bytes(sent))]
+        start = after if after <= len(published) else 0
+        wanted = list(range(start + 1, len(published) + 1))
+        if types is not None:
+            wanted = [number for number in wanted if number % 3 == 0]
+        assert seen == (wanted if lives > 0 else wanted[: len(seen)])
+        assert states > 0
+        checked += 1
+
+    clients = 0
+    async with anyio.create_task_group() as group:
+        for _ in range(chance.randrange(20, 200)):
+            match chance.randrange(4):
+                case 0:
+                    after = chance.choice([0, len(published), chance.randrange(len(published) + 1)])
+                    types = chance.choice([None, frozenset({EventType.MESSAGE})])
+                    lives = chance.choice([3, 10**9, 10**9])
+                    group.start_soon(client, after, types, lives, types is None and chance.random() < 0.5)
+                    clients += 1
+                case 1:
+                    await anyio.lowlevel.checkpoint()
+                case _:
+                    batch = range(len(published), len(published) + chance.randrange(1, 12))
+                    kinds = [EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG for number in batch]
+                    published.extend(batch)
+                    await broker.publish([draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
+        await broker.publish([], status=TaskStatus.SUCCEEDED)
+        broker.end()
+    assert checked == clients
+    assert broker.subscriptions == set()
+
+
+# Keepalive and hostile clients
+
+
+def raw_socket(client: Client, task_id: str, receive_buffer: int = 4096) -> socket.socket:
+    """A WebSocket that was opened and is never read: no pong, no close, no FIN comes from it."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    raw.connect(("127.0.0.1", int(client.url.rsplit(":", 1)[1])))
+    head = f"GET /ws/tasks/{task_id}?start=false HTTP/1.1\r\nHost: x\r\n"
+    head += "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    raw.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):  # not a byte more
+        answer += raw.recv(1)
+    return raw
+
+
+def masked(opcode: int, payload: bytes, final: bool = True) -> bytes:
+    size = len(payload)
+    length = bytes((0x80 | size,)) if size < 126 else b"\xff" + size.to_bytes(8, "big")
+    return bytes((opcode | 0x80 * final,)) + length + b"\0\0\0\0" + payload
+
+
+@contextlib.contextmanager
+def live_with_pings(runner: Any, workspace: Path, seconds: float) -> Iterator[Client]:
+    settings = Settings(workspace=workspace, test_mode=True, grace=5.0)
+    server = streamer.Server(create_app(settings, runner=runner), settings)
+    server.config.ws_ping_interval = server.config.ws_ping_timeout = seconds
+    with serving(server, loopback()) as url:
+        client = Client(url)
+        with client.http:
+            yield client
+
+
+def test_client_that_vanished_is_dropped(tmp_path: Path) -> None:
+    """No pong within two ping intervals: the connection is closed and its place is free."""
+    with live_with_pings(burst(1), tmp_path, 0.2) as client:
+        with raw_socket(client, client.create(), 65536) as raw:
+            raw.settimeout(TIMEOUT)
+            while raw.recv(65536):
+                pass
+        while client.get("/healthz")["clients"]:
+            pass
+
+
+def test_busy_runner_drops_no_client(tmp_path: Path) -> None:
+    """A runner that computes for many ping intervals costs nobody the connection."""
+
+    def compute(run: Run) -> None:
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            sum(range(1000))
+
+    with live_with_pings(compute, tmp_path, 0.5) as client:
+        record = client.watch(client.create())
+        assert (record.last_state["status"], record.close_code) == ("SUCCEEDED", 1000)
+
+
+def test_hostile_frames_get_their_close_code(tmp_path: Path) -> None:
+    """Too long 1009, not UTF-8 1007, unmasked 1002; a fragmented ping is a ping; nobody else notices."""
+    gate = Gate()
+    with live(gate, tmp_path) as client:
+        task_id = client.create()
+        with client.socket(task_id) as witness:
+            receive_until(witness, is_event("MESSAGE"))
+            ping = b'{"type": "ping"}'
+            for sent, expected in [
+                (masked(1, b"x" * 1_000_000)[:1000], b"\x03\xf1"),
+                (masked(1, b"\xff\xfe"), b"\x03\xef"),
+                (masked(2, b"\x00" * 1_000_000)[:1000], b"\x03\xf1"),
+                (b"\x81\x02hi", b"\x03\xea"),
+                (masked(1, ping[:5], False) + masked(0, ping[5:9], False) + masked(0, ping[9:]), b'{"type":"pong"'),
+            ]:
+                with raw_socket(client, task_id, 65536) as raw:
+                    raw.settimeout(TIMEOUT)
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        raw.sendall(sent)
+                    received = b""
+                    while expected not in received:
+                        data = raw.recv(65536)
+                        assert data, (sent[:20], received[-200:])
+                        received += data
+            gate.go.set()
+            record = Record(witness)
+        assert (record.ids, record.close_code) == ([3, 4, 5], 1000)
+        assert {message["type"] for message in record.messages} == {"event", "state"}
+
+
+def test_flood_of_messages_disturbs_nobody(tmp_path: Path) -> None:
+    """A client that sends ten thousand messages and reads none is its own problem."""
+    gate = Gate()
+    with live(gate, tmp_path, send_timeout=1.0) as client:
+        task_id = client.create()
+        with client.socket(task_id) as witness, raw_socket(client, task_id) as raw:
+            receive_until(witness, is_event("MESSAGE"))
+            raw.setblocking(False)
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                for _ in range(10_000):
+                    raw.sendall(masked(1, b"nonsense " * 10))
+            witness.send('{"type": "ping"}')
+            receive_until(witness, lambda message: message["type"] == "pong")
+            gate.go.set()
+            assert Record(witness).close_code == 1000
+
+
+# Servers of other kinds
+
+
+def normal(messages: list[str]) -> list[str]:
+    """The messages without what differs from run to run: the task's id and the times."""
+    texts = [re.sub(r'"(\w*_at|timestamp)":"[^"]+"', r'"\1":"T"', text) for text in messages]
+    return [re.sub(r"\b[0-9a-f]{32}\b", "ID", text) for text in texts]
+
+
+def story(run: Run) -> dict[str, Any]:
+    for number in range(200):
+        run.emit("MESSAGE" if number % 50 == 0 else "LOG", {"message": f"日本 {number} " + "x" * number}, "Engineer")
+    return {"answer": 42}
+
+
+def texts_of(client: Client, task_id: str) -> list[str]:
+    texts: list[str] = []
+    with client.socket(task_id) as websocket, contextlib.suppress(ConnectionClosed):
+        while True:
+            texts.append(str(websocket.recv(timeout=TIMEOUT)))
+    return texts
+
+
+def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
+    """With the extension, and by send_text under plain uvicorn and in Starlette's test client: equal bytes."""
+    settings = Settings(workspace=tmp_path, test_mode=True)
+    store = streamer.MemoryStore(settings)
+
+    def app() -> Starlette:
+        return create_app(settings, runner=story, store=store)
+
+    with serving(streamer.Server(app(), settings), loopback()) as url:
+        ours = Client(url)
+        with ours.http:
+            task_id = ours.create()
+            live_events = [text for text in texts_of(ours, task_id) if '"type":"event"' in text]
+            replay = texts_of(ours, task_id)
+    assert [text for text in replay if '"type":"event"' in text] == live_events
+    plain = uvicorn.Config(app(), log_config=None, ws="websockets-sansio", timeout_graceful_shutdown=1)
+    with serving(uvicorn.Server(plain), loopback()) as url:
+        client = Client(url)
+        with client.http:
+            assert texts_of(client, task_id) == replay
+            again = [text for text in texts_of(client, client.create()) if '"type":"event"' in text]
+            assert normal(again) == normal(live_events)
+    with TestClient(app()) as inside, inside.websocket_connect(f"/ws/tasks/{task_id}") as websocket:
+        assert [websocket.receive_text() for _ in replay] == replay
+        assert websocket.receive()["code"] == 1000
+
+
+def test_hypercorn_serves_the_same(tmp_path: Path) -> None:
+    """Another ASGI server delivers the same messages."""
+    needs("hypercorn")
+    code = """
+import re, streamer
+from test_streamer import story
+app = streamer.create_app(streamer.Settings(test_mode=True), runner=story)
+"""
+    (tmp_path / "served.py").write_text(code)
+    with loopback() as free:
+        bind = f"127.0.0.1:{free.getsockname()[1]}"
+    with process("-m", "hypercorn", "--workers", "0", "--bind", bind, "served:app", cwd=tmp_path) as server:
+        assert server.says("Running on")
+        client = Client(f"http://{bind}")
+        with client.http:
+            texts = texts_of(client, client.create())
+    with live(story, tmp_path) as client:
+        ours = texts_of(client, client.create())
+    kinds = [[text for text in each if '"type":"event"' in text] for each in (texts, ours)]
+    assert normal(kinds[0]) == normal(kinds[1])
+    assert '"status":"SUCCEEDED"' in texts[-1]
+
+
 # -----------------------------------------------------------------------------
 # Routes
 # -----------------------------------------------------------------------------
@@ -1338,14 +1784,7 @@ def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
     """A client that never reads is let go with 1013 after send_timeout; run and readers are done long before."""
     with live(burst(20_000), tmp_path, send_timeout=1.0, max_events=20_010) as client:
         task_id = client.create()
-        port = int(client.url.rsplit(":", 1)[1])
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect(("127.0.0.1", port))
-        with raw:
-            head = f"GET /ws/tasks/{task_id}?start=false HTTP/1.1\r\nHost: x\r\n"
-            head += "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            raw.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+        with raw_socket(client, task_id):
             record = client.watch(task_id)
             assert record.ids == list(range(1, 20_004))
             with client.socket(client.create(), "start=false") as other:
@@ -1647,9 +2086,358 @@ def watch(task_id: str, url: str) -> int:
     return 2
 
 
+# The benchmark: server on one core, clients on another, everything over loopback. Ratios within one run hold
+# from machine to machine; absolute figures do not.
+
+LOAD = """
+import os, sys, threading, time
+import streamer
+from streamer import Settings, create_app, serve
+PAD = "x" * 90
+def load(run):
+    a = dict(word.split("=") for word in run.prompt.split())
+    start, n, rate = time.monotonic(), int(a["n"]), float(a.get("rate", 0))
+    if "import" in a:
+        threading.Thread(target=streamer.load_metagpt, args=(run.workspace.parent,), daemon=True).start()
+    for i in range(1, n + 1):
+        if rate and (rest := start + i / rate - time.monotonic()) > 0:
+            time.sleep(rest)
+        run.emit("LOG", {"t": time.monotonic_ns(), "message": PAD}, "Engineer")
+    return {"seconds": time.monotonic() - start}
+if __name__ == "__main__":
+    streamer.logging.basicConfig(level="INFO")
+    settings = Settings.from_environ(port="0", test_mode="1")
+    serve(create_app(settings, runner=load), settings)
+"""
+BROADCAST = """
+import asyncio, json, logging, socket, threading, time
+import uvloop
+from websockets.asyncio.server import broadcast, serve
+PAD, clients = "x" * 90, set()
+def load(loop, n, rate):
+    start = time.monotonic()
+    for i in range(1, n + 1):
+        if rate and (rest := start + i / rate - time.monotonic()) > 0:
+            time.sleep(rest)
+        data = {"event_id": i, "task_id": "t" * 32, "timestamp": "2026-01-01T00:00:00.000Z", "agent_role": "Engineer",
+                "event_type": "LOG", "payload": {"t": time.monotonic_ns(), "message": PAD}}
+        loop.call_soon_threadsafe(broadcast, clients, json.dumps({"type": "event", "data": data}))
+async def main():
+    loop = asyncio.get_running_loop()
+    async def handler(socket):
+        clients.add(socket)
+        try:
+            async for text in socket:  # "n rate": go
+                n, rate = text.split()
+                threading.Thread(target=load, args=(loop, int(n), float(rate))).start()
+        finally:
+            clients.discard(socket)
+    listening = socket.create_server(("127.0.0.1", 0))
+    logging.basicConfig(level="INFO")
+    async with serve(handler, sock=listening, compression=None, write_limit=2**30):
+        logging.info("listening url=http://127.0.0.1:%d", listening.getsockname()[1])
+        await asyncio.Future()
+uvloop.run(main())
+"""
+BARE = """
+import logging, uvicorn
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+    elif scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+class Server(uvicorn.Server):
+    def _log_started_message(self, listeners):
+        logging.getLogger("bare").info("listening url=http://127.0.0.1:%d", listeners[0].getsockname()[1])
+logging.basicConfig(level="INFO")
+Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws_per_message_deflate=False)).run()
+"""
+
+
+@contextlib.contextmanager
+def bench_server(code: str, folder: Path, **environ: str) -> Iterator[Process]:
+    """A server on the first core, as a user starts it; this process keeps to the last one."""
+    environ = {**{name: os.environ[name] for name in os.environ if name.startswith("STREAMER_")}, **environ}
+    with process("-c", f"import os; os.sched_setaffinity(0, {{0}})\n{code}", cwd=folder, environ=environ) as server:
+        yield server
+
+
+class Swarm:
+    """Many WebSocket clients in one loop, cheap ones: they keep what comes and look at it when the clock stands."""
+
+    def __init__(self, url: str, paths: list[str], small: bool = False) -> None:
+        self.host, port = url.removeprefix("http://").split(":")
+        self.address = (self.host, int(port))
+        self.selector = selectors.DefaultSelector()
+        self.chunks: list[list[tuple[int, bytes]]] = [[] for _ in paths]
+        self.sockets = [self._connect(path, small) for path in paths]
+        for index, sock in enumerate(self.sockets):
+            self.selector.register(sock, selectors.EVENT_READ, index)
+
+    def _connect(self, path: str, small: bool) -> socket.socket:
+        sock = socket.socket()
+        if small:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(self.address)
+        head = f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        sock.sendall((head + key).encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += sock.recv(1)
+        assert answer.startswith(b"HTTP/1.1 101"), answer
+        sock.setblocking(False)
+        return sock
+
+    def say(self, text: str) -> None:
+        """A masked text frame, as a client must send it, from the first one."""
+        self.sockets[0].setblocking(True)
+        self.sockets[0].sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text.encode())
+        self.sockets[0].setblocking(False)
+
+    def receive(self, per_client: int) -> float:
+        """Reads until each client has so many events; seconds from the first to the last byte."""
+        left = dict.fromkeys(range(len(self.sockets)), per_client)
+        tails: dict[int, bytes] = defaultdict(bytes)
+        first = last = 0.0
+        end = time.monotonic() + 2 * TIMEOUT
+        while left and time.monotonic() < end:
+            for key, _ in self.selector.select(1.0):
+                data = key.fileobj.recv(1 << 20)  # type: ignore[union-attr]
+                at = time.monotonic_ns()
+                self.chunks[key.data].append((at, data))
+                joined = tails[key.data] + data
+                count = joined.count(b'"t":')
+                tails[key.data] = joined[-3:]
+                if count and key.data in left:
+                    first, last = first or at, at
+                    left[key.data] -= count
+                    if left[key.data] <= 0:
+                        del left[key.data]
+                if not data:
+                    self.selector.unregister(key.fileobj)
+                    left.pop(key.data, None)
+        return (last - first) / 1e9
+
+    def check(self, per_client: int) -> None:
+        """Every client has every event, in order, each once."""
+        for chunks in self.chunks:
+            data = b"".join(chunk for _, chunk in chunks)
+            found = re.findall(rb'"event_id": ?(\d+),(?:(?!"event_id").){0,250}?"t":', data)
+            ids = list(map(int, found))
+            assert ids == list(range(ids[0], ids[0] + per_client)), (len(ids), per_client)
+
+    def latencies(self) -> list[float]:
+        """Milliseconds from emit to receipt, sorted."""
+        found = []
+        for chunks in self.chunks:
+            tail = b""
+            for at, chunk in chunks:
+                data = tail + chunk
+                found += [(at - int(t)) / 1e6 for t in re.findall(rb'"t": ?(\d+),', data)]
+                tail = data[max(data.rfind(b'"t":'), len(data) - 40) :] if not data.endswith(b"}") else b""
+        return sorted(found)
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.selector.close()
+
+
+def usage(server: Process) -> tuple[float, float]:
+    """CPU seconds so far, and resident megabytes."""
+    fields = Path(f"/proc/{server.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    status = Path(f"/proc/{server.popen.pid}/status").read_text()
+    resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), resident / 1024
+
+
+def percentiles(values: list[float]) -> tuple[float, float]:
+    return values[len(values) // 2], values[len(values) * 99 // 100]
+
+
+def measure(server: Process, clients: int, events: int, rate: float = 0, product: bool = True) -> dict[str, float]:
+    """One task of so many events, watched by so many clients from before its first."""
+    client = server.client
+    path = f"/ws/tasks/{client.create(f'n={events} rate={rate}')}?start=false" if product else "/"
+    swarm = Swarm(client.url, [path] * clients)
+    cpu, _ = usage(server)
+    if product:
+        client.post(f"/api/tasks/{path.split('/')[-1].split('?')[0]}/run")
+    else:
+        swarm.say(f"{events} {rate}")
+    seconds = swarm.receive(events)
+    used = usage(server)[0] - cpu
+    swarm.check(events)
+    p50, p99 = percentiles(swarm.latencies()) if rate else (0.0, 0.0)
+    swarm.close()
+    return {"per_s": clients * events / seconds, "p50": p50, "p99": p99, "cpu": used}
+
+
+def bench_against_broadcast(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder) as ours, bench_server(BROADCAST, folder) as peer:
+        for clients, events, target in ((1, 20000, "1.5"), (100, 5000, "10")):
+            rows = [(measure(ours, clients, events), measure(peer, clients, events, product=False)) for _ in range(3)]
+            mine, theirs = (statistics.median(row[side]["per_s"] for row in rows) for side in (0, 1))
+            text = f"{mine:,.0f} /s, {mine / theirs:.1f} x websockets.broadcast ({theirs:,.0f} /s)"
+            yield f"burst, K={clients}", text, f">= {target} x"
+        pairs = [(measure(ours, 50, 2000, 200), measure(peer, 50, 2000, 200, product=False)) for _ in range(3)]
+        for key, unit in (("p50", "ms"), ("p99", "ms"), ("cpu", "s CPU")):
+            mine, theirs = (statistics.median(pair[side][key] for pair in pairs) for side in (0, 1))
+            text = f"{mine:.2f} {unit}, {mine / theirs:.2f} x websockets.broadcast ({theirs:.2f})"
+            yield f"200 events/s, K=50: {key}", text, "<= 1.25 x"
+
+
+def bench_emit(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder) as server:
+        states = [server.client.watch(server.client.create("n=20000"), "types=RESULT").last_state for _ in range(3)]
+        spent = min(state["final_result"]["seconds"] for state in states)
+        yield "emit() in the worker thread", f"{spent / 20000 * 1e6:.1f} us an event", "<= 15 us"
+
+
+def bench_late_joiner(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder, STREAMER_MAX_EVENTS="30000") as server:
+        client = server.client
+        history = client.create("n=20000")
+        client.watch(history, "types=RESULT")
+        paced = Swarm(client.url, [f"/ws/tasks/{client.create('n=600 rate=200')}"] * 10)
+        reading = threading.Thread(target=paced.receive, args=(600,))
+        reading.start()
+        times, late = [], []
+        for _ in range(5):
+            start = time.monotonic()
+            late.append(Swarm(client.url, [f"/ws/tasks/{history}?start=false"]))
+            late[-1].receive(20000)
+            times.append(time.monotonic() - start)
+        reading.join()
+        for swarm, events in [*((swarm, 20000) for swarm in late), (paced, 600)]:
+            swarm.check(events)
+            swarm.close()
+        yield "late joiner, 20,000 events", f"{statistics.median(times):.3f} s to the last", "<= 0.25 s"
+        yield "  another task's clients meanwhile", f"p99 {percentiles(paced.latencies())[1]:.1f} ms", "<= 20 ms"
+
+
+def bench_stalled_client(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder) as server:
+        client = server.client
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        grown = []
+        for stalled in [False, True] * 4:
+            path = f"/ws/tasks/{client.create('n=20000')}?start=false"
+            idle = Swarm(client.url, [path] * stalled, small=True)
+            swarm = Swarm(client.url, [path] * 49)
+            before = usage(server)[1]
+            client.post(f"{path.split('?')[0].replace('/ws', '/api')}/run")
+            rates[stalled].append(swarm.receive(20000))
+            grown.append(usage(server)[1] - before)
+            swarm.check(20000)
+            swarm.close()
+            idle.close()
+        ratio = statistics.median(rates[True]) / statistics.median(rates[False])
+        yield "one client that never reads, 49 that do", f"{ratio:.2f} x the time without it", "<= 1.1 x"
+        yield "  memory", f"grew {max(grown[1::2]):.0f} MB with it, {max(grown[::2]):.0f} MB without", "flat"
+
+
+def bench_idle_connections(folder: Path) -> Iterator[tuple[str, str, str]]:
+    sizes = []
+    for code, path in ((LOAD, "/ws/tasks/{}?start=false"), (BARE, "/")):
+        with bench_server(code, folder, STREAMER_MAX_SOCKETS="2000") as server:
+            path = path.format(server.client.create("n=1") if code is LOAD else "")
+            Swarm(server.client.url, [path]).close()
+            before = usage(server)[1]
+            swarm = Swarm(server.client.url, [path] * 1000)
+            sizes.append((usage(server)[1] - before) * 1024 / 1000)
+            swarm.close()
+    yield "idle connection, at 1,000", f"{sizes[0]:.1f} KB (bare ASGI on uvicorn: {sizes[1]:.1f} KB)", "<= 25 KB"
+
+
+def bench_start(folder: Path) -> Iterator[tuple[str, str, str]]:
+    times: dict[str, list[float]] = {LOAD: [], BARE: []}
+    for code in [LOAD, BARE] * 5:
+        start = time.monotonic()
+        with bench_server(code, folder) as server:
+            server.client.get("/healthz")
+            times[code].append(time.monotonic() - start)
+    mine, bare = (statistics.median(values) for values in times.values())
+    yield "start to first answer", f"{mine:.2f} s (bare uvicorn: {bare:.2f} s)", "<= 0.6 s"
+
+
+def bench_import(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder, OPENAI_API_KEY=KEY, STREAMER_WORKSPACE=str(folder)) as server:
+        path = f"/ws/tasks/{server.client.create('n=2400 rate=200 import=1')}"
+        swarm = Swarm(server.client.url, [path] * 10)
+        swarm.receive(2400)
+        swarm.check(2400)
+        p50, p99 = percentiles(swarm.latencies())
+        swarm.close()
+        yield "200 events/s while MetaGPT imports", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms", "p99 <= 50 ms"
+
+
+def bench_many_tasks(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder, STREAMER_MAX_RUNNING="100") as server:
+        tasks = [server.client.create("n=200 rate=20") for _ in range(100)]
+        swarm = Swarm(server.client.url, [f"/ws/tasks/{task}?start=false" for task in tasks for _ in range(10)])
+        for task in tasks:
+            server.client.post(f"/api/tasks/{task}/run")
+        swarm.receive(200)
+        swarm.check(200)
+        p50, p99 = percentiles(swarm.latencies())
+        swarm.close()
+        measured = f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, none lost"
+        yield "100 tasks, 10 clients, 20 events/s each", measured, "p99 <= 100 ms"
+
+
+def bench_memory(folder: Path) -> Iterator[tuple[str, str, str]]:
+    with bench_server(LOAD, folder, STREAMER_MAX_TASKS="200") as server:
+        sizes = []
+        for _ in range(5):
+            for _ in range(200):
+                server.client.watch(server.client.create("n=50"), "types=RESULT")
+            sizes.append(f"{usage(server)[1]:.0f}")
+        yield "memory, each 200 finished tasks, 200 kept", f"{', '.join(sizes)} MB", "flat"
+        server.client.watch(server.client.create("n=1000000"), "types=RESULT")
+        yield "  a task of a million events, 20,000 kept", f"{usage(server)[1]:.0f} MB", "bounded"
+
+
+BENCHMARKS = {
+    "broadcast": bench_against_broadcast,
+    "emit": bench_emit,
+    "late": bench_late_joiner,
+    "stalled": bench_stalled_client,
+    "idle": bench_idle_connections,
+    "start": bench_start,
+    "import": bench_import,
+    "many": bench_many_tasks,
+    "memory": bench_memory,
+}
+
+
+def bench(names: list[str]) -> int:
+    """Prints the table of targets with what was measured; some four minutes for all of it."""
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        print("the benchmark needs Linux and two cores: one for the server, one for its clients", file=sys.stderr)
+        return 2
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or BENCHMARKS:
+            for what, measured, target in BENCHMARKS[name](Path(folder)):
+                print(f"{what:42} {measured:78} target {target}", flush=True)
+    return 0
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["bench"]:
+        parser = argparse.ArgumentParser(prog="test_streamer.py bench", description=bench.__doc__)
+        parser.add_argument("names", nargs="*", metavar="name", help=f"some of {', '.join(BENCHMARKS)}")
+        names = parser.parse_args(sys.argv[2:]).names
+        if unknown := set(names) - set(BENCHMARKS):
+            parser.error(f"unknown: {', '.join(unknown)}")
+        return bench(names)
     parser = argparse.ArgumentParser(description="Watch a task on a running streamer. Exits 0 if it SUCCEEDED.")
-    parser.add_argument("task_id", help="the id that POST /api/tasks answered")
+    parser.add_argument("task_id", help="the id that POST /api/tasks answered; `bench` runs the benchmark")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
     arguments = parser.parse_args()
     return watch(arguments.task_id, arguments.url)
