@@ -45,7 +45,7 @@ import time
 import types
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -66,7 +66,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -556,6 +556,8 @@ class Broker:
         self.ended = task.status in ENDED
         self.closing: StreamerError | None = None
         self.subscriptions: set[Subscription] = set()
+        self.loop = asyncio.get_running_loop()
+        self._beats: asyncio.TimerHandle | None = None
         self._encoded = (-1, -1, "")
         self._server_sent: tuple[Sequence[Event], str] = ((), "")
 
@@ -584,7 +586,7 @@ class Broker:
                 if not frames:
                     frames = b"".join([event.frame for event in events])
                     frames += text_frame(self.state_message()) if state_changed else b""
-                    at = anyio.current_time()
+                    at = self.loop.time()
                 if subscription.write(frames):
                     subscription.cursor, subscription.seen, subscription.spoke = cursor, version, at
                     subscription.delivered += count
@@ -604,6 +606,17 @@ class Broker:
         if fresh or self._encoded[:2] != key:
             self._encoded = (*key, envelope("state", self.state.as_dict()))
         return self._encoded[2]
+
+    def _beat(self) -> None:
+        """Wakes clients that have heard nothing for `heartbeat` seconds: one timer for all of a task's clients."""
+        silent = self.loop.time() - self.settings.heartbeat
+        for subscription in self.subscriptions:
+            if subscription.idle and subscription.spoke <= silent:
+                subscription.offer(())
+        if self.subscriptions:
+            self._beats = self.loop.call_later(self.settings.heartbeat / 4, self._beat)
+        else:
+            self._beats = None
 
     def server_sent(self, events: Sequence[Event]) -> str:
         """The events as SSE; encoded once for all clients that are handed the same batch."""
@@ -627,6 +640,8 @@ class Broker:
     def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
         subscription = Subscription(self, after, types)
         self.subscriptions.add(subscription)
+        if self._beats is None:
+            self._beat()
         return subscription
 
 
@@ -650,7 +665,7 @@ class Subscription:
         self.types = types
         self.write: Callable[[bytes], bool] | None = None  # to the transport; False where it takes no more
         self.seen = -1  # the version of the state last delivered
-        self.spoke = anyio.current_time()  # when something was last delivered
+        self.spoke = broker.loop.time()  # when something was last delivered
         self._received: list[Sequence[Event]] = []
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
@@ -687,10 +702,8 @@ class Subscription:
                 return
             else:
                 self.idle = True  # nothing was awaited since the checks above, so nothing was missed
-                with anyio.CancelScope(deadline=self.spoke + broker.settings.heartbeat):
-                    self._received.append(await self._receive.receive())
-                self.idle = False
-                if anyio.current_time() >= self.spoke + broker.settings.heartbeat:
+                self._received.append(await self._receive.receive())
+                if broker.loop.time() >= self.spoke + broker.settings.heartbeat:
                     yield self._delivery((), fresh=True)
 
     def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
@@ -701,7 +714,7 @@ class Subscription:
         if self.types is not None:
             events = [event for event in events if event.event_type in self.types]
         self.delivered += len(events)
-        self.spoke = anyio.current_time()
+        self.spoke = self.broker.loop.time()
         return Delivery(events, state)
 
     def _handed_over(self) -> Sequence[Event]:
@@ -2038,28 +2051,6 @@ class EventStream(StreamingResponse):
                 raise SlowClient("a send was blocked for send_timeout") from None
 
 
-async def watch_task(websocket: WebSocket) -> None:
-    """The stream of one task. Refusals accept first: a browser cannot read the status of a failed handshake."""
-    supervisor, params = _supervisor(websocket), websocket.query_params
-    await websocket.accept()
-    try:
-        start = _query(params, "start", True, parse_bool, "true or false")
-        after, types = _whole(params, "after", 0), _types(params)
-        async with supervisor.watch(websocket.path_params["task_id"], after, types) as subscription:
-            await SocketStream(websocket, supervisor, subscription).run(start)
-        await websocket.close(1000)
-    except WebSocketDisconnect:
-        return
-    except StreamerError as error:
-        message = envelope("error", error.as_dict())
-        if isinstance(error, SlowClient) and (frames := _frames(websocket)):
-            frames["let_go"](text_frame(message), error.close_code, supervisor.settings.send_timeout)
-            return
-        with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
-            await websocket.send_text(message)
-            await websocket.close(error.close_code)
-
-
 async def refuse_socket(websocket: WebSocket) -> None:
     await websocket.accept()
     error = TaskNotFound(f"{shown(websocket.url.path)} not found: the socket is /ws/tasks/<task id>")
@@ -2076,27 +2067,50 @@ def _frames(websocket: WebSocket) -> Mapping[str, Callable[..., Any]]:
 
 
 class SocketStream:
-    """One WebSocket client: deliveries out, its messages in; the first of the two to end ends both."""
+    """The stream of one task to one WebSocket client, a Starlette endpoint: deliveries out, its messages in.
 
-    def __init__(self, websocket: WebSocket, supervisor: Supervisor, subscription: Subscription) -> None:
-        self._websocket, self._supervisor, self._subscription = websocket, supervisor, subscription
+    Refusals accept first, since a browser cannot read the status of a failed handshake.
+    """
 
-    async def run(self, start: bool) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._websocket = WebSocket(scope, receive, send)
+        self._supervisor = _supervisor(self._websocket)
+        self._subscription: Subscription
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._serve().__await__()
+
+    async def _serve(self) -> None:
+        websocket, params = self._websocket, self._websocket.query_params
+        await websocket.accept()
+        try:
+            start = _query(params, "start", True, parse_bool, "true or false")
+            after, types = _whole(params, "after", 0), _types(params)
+            async with self._supervisor.watch(websocket.path_params["task_id"], after, types) as self._subscription:
+                await self._converse(start)
+            await websocket.close(1000)
+        except WebSocketDisconnect:
+            return
+        except StreamerError as error:
+            message = envelope("error", error.as_dict())
+            if isinstance(error, SlowClient) and (frames := _frames(websocket)):
+                frames["let_go"](text_frame(message), error.close_code, self._supervisor.settings.send_timeout)
+                return
+            with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
+                await websocket.send_text(message)
+                await websocket.close(error.close_code)
+
+    async def _converse(self, start: bool) -> None:
         """Raises WebSocketDisconnect when the client goes, StreamerError for what ends the stream early."""
-        ended_by: list[Exception] = []
-
-        async def first(half: Callable[[], Awaitable[None]]) -> None:
+        with anyio.CancelScope() as scope:  # a task group would cost each idle client 4 KB
+            listener = asyncio.create_task(self._listen())
+            listener.add_done_callback(lambda _: scope.cancel())
             try:
-                await half()
-            except (StreamerError, WebSocketDisconnect) as error:
-                ended_by.append(error)
-            group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(first, self._listen)
-            await first(partial(self._deliver, start))
-        if ended_by:
-            raise ended_by[0]
+                await self._deliver(start)
+            finally:
+                listener.cancel()
+        if scope.cancelled_caught:
+            await listener
 
     async def _send(self, text: str | None = None, **message: Any) -> None:
         timeout = self._supervisor.settings.send_timeout
@@ -2163,7 +2177,7 @@ ROUTES = [
     Route("/api/tasks/{task_id}/events", get_events),
     Route("/api/tasks/{task_id}/artifacts", list_artifacts),
     Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
-    WebSocketRoute("/ws/tasks/{task_id}", watch_task),
+    WebSocketRoute("/ws/tasks/{task_id}", SocketStream),
     WebSocketRoute("/{path:path}", refuse_socket),
 ]
 
@@ -2224,7 +2238,6 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             offer: Any = {"write": self.write_frames, "let_go": self.let_go}
             self.scope["extensions"][FRAMES] = offer
-            del self.request  # 3 KB that nobody needs again
 
     def send_receive_event_to_app(self) -> None:
         try:
@@ -2251,7 +2264,11 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.close":  # a client that never reads would keep the connection for ever
             self.loop.call_later(2 * self.close_timeout, self.transport.abort)
         if (frames := message.get("frames")) is None:
-            return await super().send(message)
+            await super().send(message)
+            if message["type"] == "websocket.accept":  # an idle connection keeps no headers
+                del self.request, self.response
+                self.scope["headers"] = []
+            return
         await self.writable.wait()
         if self.disconnected:
             raise ClientDisconnected
