@@ -549,9 +549,9 @@ class Delivery(NamedTuple):
 class Broker:
     """One per task: numbers events, stores them, hands them to every subscription, holds the state."""
 
-    def __init__(self, task: Task, state: TaskState, first_event_id: int, store: Store, settings: Settings) -> None:
-        self.task, self.state, self.first_event_id = task, state, first_event_id
-        self.store, self.settings = store, settings
+    def __init__(self, task: Task, state: TaskState, store: Store, settings: Settings) -> None:
+        self.task, self.state, self.store, self.settings = task, state, store, settings
+        self.first_event_id = 1  # of those the log keeps, when a client last subscribed
         self.version = 0  # of the state: a subscription compares it to know that it changed
         self.ended = task.status in ENDED
         self.closing: StreamerError | None = None
@@ -666,6 +666,7 @@ class Subscription:
         self.write: Callable[[bytes], bool] | None = None  # to the transport; False where it takes no more
         self.seen = -1  # the version of the state last delivered
         self.spoke = broker.loop.time()  # when something was last delivered
+        self._replaying = False  # a replay that begins at the oldest event takes it as it finds it
         self._received: list[Sequence[Event]] = []
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
@@ -734,9 +735,10 @@ class Subscription:
             return ()
         await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
         events = await self.broker.store.read(self.broker.task.id, self.cursor, self.PAGE)
-        if events and events[0].event_id != self.cursor + 1:
+        if events and events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
             lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
             raise SlowClient(f"{lost}; connect again with after={self.cursor}")
+        self._replaying = True
         return events
 
 
@@ -1480,7 +1482,7 @@ class ActiveRun:
         if self.stop_reason in (None, StopReason.TIMEOUT):
             self.stop_reason = reason
         self.run.cancel()
-        self.scope.deadline = min(self.scope.deadline, anyio.current_time() + (grace if self.running else 0))
+        self.scope.deadline = min(self.scope.deadline, self.broker.loop.time() + (grace if self.running else 0))
 
 
 class Supervisor:
@@ -1647,6 +1649,7 @@ class Supervisor:
             raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
         broker = await self._broker(task_id)
         self._brokers[task_id] = broker
+        broker.first_event_id = await self.store.first_event_id(task_id)
         subscription = broker.subscribe(after, types)
         self.clients += 1
         self.counters["clients"] += 1
@@ -1671,8 +1674,7 @@ class Supervisor:
         if task_id in self._brokers:
             return self._brokers[task_id]
         task, state = await self.store.load(task_id)
-        first = await self.store.first_event_id(task_id)
-        return self._brokers.get(task_id) or Broker(task, state, first, self.store, self.settings)
+        return self._brokers.get(task_id) or Broker(task, state, self.store, self.settings)
 
     def _activate(self, broker: Broker) -> ActiveRun:
         active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets))

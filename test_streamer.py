@@ -540,7 +540,7 @@ async def new_broker(**settings: Any) -> streamer.Broker:
     store = streamer.MemoryStore(chosen)
     state = streamer.TaskState(task_id="t")
     await store.save(task(), state)
-    return streamer.Broker(task(), state, 1, store, chosen)
+    return streamer.Broker(task(), state, store, chosen)
 
 
 async def collect(subscription: streamer.Subscription) -> list[int]:
@@ -1027,8 +1027,9 @@ async def test_cancel_races_success(tmp_path: Path) -> None:
     assert set(ends) == {"TASK_CANCELLED", "TASK_COMPLETE"}
 
 
-def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path) -> None:
-    """A runner deaf to its cancel is abandoned after `grace`; what it emits later goes nowhere."""
+@pytest.mark.parametrize(("timeout", "end"), [(None, "cancelled by a client"), (0.2, "timed out after 0.2 s")])
+def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path, timeout: float | None, end: str) -> None:
+    """A runner deaf to its cancel or timeout is abandoned after `grace`; what it emits later goes nowhere."""
     release, ended = threading.Event(), threading.Event()
 
     def deaf(run: Run) -> None:
@@ -1038,14 +1039,17 @@ def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path) -> None:
         ended.set()
 
     with live(deaf, tmp_path, grace=0.2) as client:
-        task_id = client.create()
+        task_id = client.create(options={"timeout": timeout})
         with client.socket(task_id) as websocket:
             receive_until(websocket, is_event("LOG"))
-            websocket.send('{"type": "cancel"}')
+            if timeout is None:
+                websocket.send('{"type": "cancel"}')
             record = Record(websocket)
         release.set()
         assert ended.wait(TIMEOUT)
-        assert "did not stop within 0.2 s and was abandoned" in record.events[-1]["payload"]["message"]
+        message = record.events[-1]["payload"]["message"]
+        assert message.startswith(end)
+        assert "did not stop within 0.2 s and was abandoned" in message
         assert client.watch(task_id).ids == [1, 2, 3]
 
 
@@ -1162,6 +1166,28 @@ def test_fault_events_before_the_first_watcher_are_lost(tmp_path: Path) -> None:
         client.post(f"/api/tasks/{task_id}/run")
         assert ended.wait(TIMEOUT)
         assert client.watch(task_id).ids == list(range(1, 104))
+
+
+def test_late_client_of_a_long_run_begins_at_the_oldest_event_kept(tmp_path: Path) -> None:
+    """With more events than max_events, a replay from the start is not recovered, and has no hole all the same."""
+    gate = threading.Event()
+
+    def runner(run: Run) -> None:
+        burst(5000)(run)
+        gate.wait(TIMEOUT)
+
+    with live(runner, tmp_path, max_events=1000) as client:
+        task_id = client.create()
+        with client.socket(task_id, "types=ERROR") as first:
+            receive_until(first, lambda message: message["type"] == "state")
+            while client.get(f"/api/tasks/{task_id}/state")["last_event_id"] < 5001:
+                pass
+            gate.set()
+            record = client.watch(task_id)
+        connected = record.data("connected")[0]
+        assert (connected["recovered"], connected["first_event_id"]) == (False, record.ids[0])
+        assert record.ids == list(range(record.ids[0], 5004))
+        assert 998 <= len(record.ids) <= 1003
 
 
 def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
