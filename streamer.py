@@ -2046,11 +2046,12 @@ class EventStream(StreamingResponse):
             with anyio.fail_after(self._supervisor.settings.send_timeout):
                 await send(message)
 
-        async with self._stack:
-            try:
-                await super().stream_response(timed)
-            except TimeoutError:
-                raise SlowClient("a send was blocked for send_timeout") from None
+        with contextlib.suppress(SlowClient):  # it is past the status line: the response just ends
+            async with self._stack:
+                try:
+                    await super().stream_response(timed)
+                except TimeoutError:
+                    raise SlowClient from None
 
 
 async def refuse_socket(websocket: WebSocket) -> None:
