@@ -719,15 +719,11 @@ class Subscription:
         return Delivery(events, state)
 
     def _handed_over(self) -> Sequence[Event]:
-        """The next batch that follows the cursor; what came from the log meanwhile is passed over."""
+        """The next batch, where it follows the cursor; what the log has given already is passed over."""
         with contextlib.suppress(anyio.WouldBlock):
-            while True:
-                events = self._received.pop() if self._received else self._receive.receive_nowait()
-                if events and events[-1].event_id > self.cursor:
-                    skip = self.cursor + 1 - events[0].event_id
-                    if skip < 0:
-                        return ()  # one before it found no room: the log has both
-                    return events[skip:] if skip else events
+            events = self._received.pop() if self._received else self._receive.receive_nowait()
+            if events and (skip := self.cursor + 1 - events[0].event_id) >= 0:  # below 0: one found no room before it
+                return events[skip:] if skip else events
         return ()
 
     async def _logged(self) -> Sequence[Event]:

@@ -647,6 +647,11 @@ async def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None
 
     thread = threading.Thread(target=flood)
     thread.start()
+    while emitted < run.MAX_ITEMS:
+        thread.join(0.01)
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert emitted == run.MAX_ITEMS
     taken = 0
     while taken < 3 * run.MAX_ITEMS:
         taken += len(await run.take())
