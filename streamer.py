@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import copy
 import functools
@@ -53,7 +54,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Protocol, get_type_hints
 
 import anyio
 import anyio.abc
@@ -63,11 +64,12 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -110,7 +112,7 @@ class Settings:
     subscriber_buffer: int = _setting(256, "events a client may lag before it is fed from the log", low=1)
     heartbeat: float = _setting(15.0, "seconds of silence after which a state is sent", low=0.05)
     send_timeout: float = _setting(20.0, "seconds a client may stay blocked", low=0.05)
-    grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0)
+    grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0.1)
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
 
     def __post_init__(self) -> None:
@@ -123,8 +125,10 @@ class Settings:
         if self.host not in ("localhost", "::1") and not re.fullmatch(r"127(\.\d{1,3}){3}", self.host):
             why = "there is no authentication yet; put a proxy that has it in front"
             raise SettingsError(f"host must be a loopback address such as 127.0.0.1, not {self.host!r}: {why}")
-        # MetaGPT's git library changes the process's current folder while it works.
-        object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
+        try:  # MetaGPT's git library changes the process's current folder while it works
+            object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
+        except RuntimeError as error:
+            raise SettingsError(f"workspace must be a folder, not {str(self.workspace)!r}: {error}") from None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **flags: str | None) -> Settings:
@@ -282,8 +286,8 @@ def _second(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def encode_payload(payload: Mapping[str, Any], max_bytes: int) -> str:
-    """JSON of at most `max_bytes`, whatever the payload holds (guarantee 10).
+def encode_payload(payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()) -> str:
+    """JSON of at most `max_bytes` without `secrets`, whatever the payload holds (guarantees 7, 10).
 
     What JSON cannot carry is replaced by its text. What is too long is cut, key by key, and
     `truncated` and `original_bytes` are added.
@@ -291,38 +295,69 @@ def encode_payload(payload: Mapping[str, Any], max_bytes: int) -> str:
     try:
         text = encode(payload)
         size = len(text) if text.isascii() else len(text.encode())
-    except (ValueError, TypeError, RecursionError, RuntimeError):
-        payload = fit(payload)
+        plain = not any(secret in text for secret in secrets)
+    except BaseException:  # what is no plain JSON may run somebody's code
+        plain = False
+    if not plain:
+        fitted = fit(payload, secrets=secrets)
+        payload = fitted if isinstance(fitted, dict) else {"message": fitted}
         text = encode(payload)
         size = len(text.encode())
     if size <= max_bytes:
         return text
     for longest in (max_bytes // 4, max_bytes // 32):  # of a character's four bytes, of many keys
-        cut = {key: fit(value, longest) for key, value in list(payload.items())[:20]}
+        ordered = {"message": payload.get("message", ""), **payload}
+        cut = {key: fit(value, longest) for key, value in list(ordered.items())[:20]}
         text = encode({**cut, "truncated": True, "original_bytes": size})
         if len(text.encode()) <= max_bytes:
             return text
     return encode({"message": text[: max_bytes // 16], "truncated": True, "original_bytes": size})
 
 
-def fit(value: Any, longest: int | None = None, depth: int = 0) -> Any:
-    """`value` as JSON can carry it; strings are cut to `longest` characters."""
-    if isinstance(value, str):
-        text = value.encode(errors="replace").decode()  # a lone surrogate becomes a question mark
-        return text if longest is None or len(text) <= longest else text[:longest] + "…"
-    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, int) and value.bit_length() < 4096:
-        return int(value)
-    if isinstance(value, Mapping) and depth < 32:  # a cycle ends there too
-        return {fit(str(key), 200): fit(item, longest, depth + 1) for key, item in list(value.items())}
-    if isinstance(value, list | tuple | set | frozenset | deque) and depth < 32:
-        return [fit(item, longest, depth + 1) for item in list(value)]
+def fit(value: Any, longest: int | None = None, secrets: Sequence[str] = ()) -> Any:
+    """`value` as JSON can carry it, without `secrets`; strings are cut to `longest` characters."""
+    left = 50_000  # values: what branches and shares its branches would not end otherwise
+
+    def walk(value: Any, above: tuple[int, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(value, str):
+            text = redact(value.encode(errors="replace").decode(), secrets)  # a lone surrogate becomes a question mark
+            return text if longest is None or len(text) <= longest else text[:longest] + "…"
+        if value is None or isinstance(value, bool):
+            return value
+        try:
+            if isinstance(value, int | float) and math.isfinite(value):
+                text = str(value)
+                return type(value)(value) if redact(text, secrets) == text else "***"
+            if id(value) in above or len(above) > 32 or left < 0:
+                return "…"
+            above = (*above, id(value))
+            if isinstance(value, Mapping):
+                return {walk(str(key), above): walk(item, above) for key, item in list(value.items())}
+            if isinstance(value, list | tuple | set | frozenset | deque):
+                return [walk(item, above) for item in list(value)]
+            dump = getattr(value, "model_dump", None)  # pydantic's
+            return walk(dump() if dump else repr(value), above)
+        except BaseException:  # somebody's __repr__ ran; an event must not fail because of it
+            return f"<{type(value).__name__}>"
+
+    return walk(value, ())
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, "***")
+    return text
+
+
+def said(error: BaseException) -> str:
+    """The text of an error whose __str__ may itself fail."""
     try:
-        dump = getattr(value, "model_dump", None)  # pydantic's
-        return fit(dump() if dump and depth < 32 else repr(value), longest, depth + 1)
-    except Exception:  # somebody's __repr__ ran; an event must not fail because of it
-        return f"<{type(value).__name__}>"
+        return str(fit(str(error)))
+    except BaseException:
+        return f"<{type(error).__name__}>"
 
 
 # -----------------------------------------------------------------------------
@@ -419,7 +454,7 @@ def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
     if unknown := sorted(set(given) - set(OPTIONS)):
-        raise InvalidRequest(f"options.{unknown[0][:64]} is unknown; the options are {', '.join(OPTIONS)}")
+        raise InvalidRequest(f"options: {shown(unknown[0])} is unknown; the options are {', '.join(OPTIONS)}")
     given = {name: value for name, value in given.items() if value is not OPTIONS[name][0]}  # null too, as answered
     for name, value in given.items():
         if not OPTIONS[name][2](value):
@@ -609,9 +644,8 @@ class Broker:
 
     def _beat(self) -> None:
         """Wakes clients that have heard nothing for `heartbeat` seconds: one timer for all of a task's clients."""
-        silent = self.loop.time() - self.settings.heartbeat
         for subscription in self.subscriptions:
-            if subscription.idle and subscription.spoke <= silent:
+            if subscription.idle and subscription.overdue:
                 subscription.offer(())
         if self.subscriptions:
             self._beats = self.loop.call_later(self.settings.heartbeat / 4, self._beat)
@@ -667,7 +701,7 @@ class Subscription:
         self.seen = -1  # the version of the state last delivered
         self.spoke = broker.loop.time()  # when something was last delivered
         self._replaying = False  # a replay that begins at the oldest event takes it as it finds it
-        self._received: list[Sequence[Event]] = []
+        self._received: Sequence[Event] = ()
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
 
@@ -694,34 +728,43 @@ class Subscription:
         while True:
             if events := self._handed_over() or await self._logged():
                 self.cursor = events[-1].event_id
-                yield self._delivery(events)
+                events, state = self._delivery(events)
+                if events or state:
+                    yield Delivery(events, state)
             elif self.seen != broker.version:
                 yield self._delivery(())
             elif broker.closing is not None:
                 raise broker.closing
             elif broker.ended:
                 return
+            elif self.overdue:
+                yield self._delivery((), fresh=True)
             else:
                 self.idle = True  # nothing was awaited since the checks above, so nothing was missed
-                self._received.append(await self._receive.receive())
-                if broker.loop.time() >= self.spoke + broker.settings.heartbeat:
-                    yield self._delivery((), fresh=True)
+                self._received = await self._receive.receive()
+
+    @property
+    def overdue(self) -> bool:
+        """Nothing was said for nearly `heartbeat` seconds; the broker looks four times in that time."""
+        return self.broker.loop.time() >= self.spoke + 0.75 * self.broker.settings.heartbeat
 
     def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
+        if self.types is not None:
+            events = [event for event in events if event.event_type in self.types]
+            fresh = fresh or (not events and self.overdue)
         state, caught_up = None, self.cursor >= self.broker.state.last_event_id
         if fresh or (caught_up and self.seen != self.broker.version):
             state = self.broker.state_message(fresh)
             self.seen = self.broker.version if caught_up else -1  # it comes again, behind the replay
-        if self.types is not None:
-            events = [event for event in events if event.event_type in self.types]
-        self.delivered += len(events)
-        self.spoke = self.broker.loop.time()
+        if events or state:
+            self.delivered += len(events)
+            self.spoke = self.broker.loop.time()
         return Delivery(events, state)
 
     def _handed_over(self) -> Sequence[Event]:
         """The next batch, where it follows the cursor; what the log has given already is passed over."""
         with contextlib.suppress(anyio.WouldBlock):
-            events = self._received.pop() if self._received else self._receive.receive_nowait()
+            events, self._received = self._received or self._receive.receive_nowait(), ()
             if events and (skip := self.cursor + 1 - events[0].event_id) >= 0:  # below 0: one found no room before it
                 return events[skip:] if skip else events
         return ()
@@ -731,7 +774,9 @@ class Subscription:
             return ()
         await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
         events = await self.broker.store.read(self.broker.task.id, self.cursor, self.PAGE)
-        if events and events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
+        if not events:
+            raise self.broker.closing or TaskNotFound(f"task {self.broker.task.id} not found: it was deleted")
+        if events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
             lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
             raise SlowClient(f"{lost}; connect again with after={self.cursor}")
         self._replaying = True
@@ -756,11 +801,11 @@ class Run:
     def __init__(self, task: Task, settings: Settings, secrets: Sequence[str] = ()) -> None:
         self.task_id, self.prompt, self.options = task.id, task.input_prompt, task.options
         self.workspace = settings.workspace / task.id
-        self._max_bytes, self._secrets = settings.max_event_bytes, secrets
+        self._max_bytes, self.secrets = settings.max_event_bytes, secrets
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         self._outbox: deque[Draft | dict[str, Any]] = deque()
         self._chars = 0
         self._lock = threading.Lock()
@@ -788,8 +833,11 @@ class Run:
         """
         if progress is not None and not math.isfinite(progress):
             raise ValueError(f"progress must be a number from 0 to 1, not {progress}")
-        given = {"progress": progress, "cost": fit(cost)}
-        self._put({name: value for name, value in given.items() if value is not None})
+        given: dict[str, Any] = {} if progress is None else {"progress": progress}
+        if cost is not None:
+            numbers = {name: cost.get(name, 0) for name in NO_COST}
+            given["cost"] = {name: value if math.isfinite(value) else 0 for name, value in numbers.items()}
+        self._put(given)
 
     def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
         """Shows the agent as waiting for its model from now on; without arguments, that none does."""
@@ -826,10 +874,7 @@ class Run:
 
     def redact(self, text: str) -> str:
         """`text` without the secrets this process knows (guarantee 7)."""
-        for secret in self._secrets:
-            if secret in text:
-                text = text.replace(secret, "***")
-        return text
+        return redact(text, self.secrets)
 
     # For the supervisor
 
@@ -838,16 +883,15 @@ class Run:
         if not isinstance(message, str):
             message = kind.value if message is None else str(fit(message))
             payload = {**payload, "message": message}
-        if agent_role is not None and not (isinstance(agent_role, str) and agent_role.isascii()):
-            agent_role = str(fit(agent_role))
-        text = message[:300]
-        text = self.redact(text if text.isascii() else fit(text))
-        return Draft(kind, agent_role, now(), text, self.redact(encode_payload(payload, self._max_bytes)))
+        text = redact(message if message.isascii() else fit(message), self.secrets)[:300]
+        if agent_role is not None and not (type(agent_role) is str and agent_role.isascii() and len(agent_role) < 64):
+            agent_role = str(fit(agent_role, 64, self.secrets))
+        return Draft(kind, agent_role, now(), text, encode_payload(payload, self._max_bytes, self.secrets))
 
     def cancel(self) -> None:
         self._cancelled.set()
         for callback in self._callbacks:
-            callback()
+            _guarded(callback)
 
     def finish(self) -> None:
         """`take` returns what is left, then nothing; what a thread still reports goes nowhere."""
@@ -873,7 +917,9 @@ class Run:
     def _put(self, item: Draft | dict[str, Any]) -> None:
         size = len(item.payload) if isinstance(item, Draft) else 0
         with self._lock:
-            while not self._finished and (len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS):
+            while len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS:
+                if self._finished or threading.get_ident() == self._loop_thread:
+                    break  # who empties it must not wait for itself
                 self._room.wait()
             if self._finished:
                 return
@@ -900,7 +946,7 @@ def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
             if not name.startswith(".") and not path.is_symlink():
                 with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
                     status = path.stat()
-                    yield str(path.relative_to(root)), status.st_size, status.st_mtime_ns
+                    yield fit(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
 
 
 # The scripted team of test mode: role, action, progress when it is done, the file it writes, its text.
@@ -1003,12 +1049,20 @@ def _installed(module: str) -> bool:
 
 
 def known_secrets(environ: Mapping[str, str]) -> list[str]:
-    """What no event or log may hold: the model's credentials, and what the environment calls a key or token."""
-    items = list(environ.items())
+    """What no event or log may hold, raw and as JSON escapes it: what environment and configuration call a key."""
+    found: set[str] = set()
+    named = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+
+    def search(values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                search(value)
+            elif named.search(str(name)) and len(str(value)) >= 8:
+                found.update((str(value), encode(str(value))[1:-1]))
+
+    search(environ)
     with contextlib.suppress(SettingsError):
-        items += model_config(environ)["llm"].items()
-    secret = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
-    found = {str(value) for name, value in items if secret.search(name) and len(str(value)) >= 8}
+        search(model_config(environ))
     return sorted(found, key=len, reverse=True)
 
 
@@ -1284,14 +1338,14 @@ class _Team:
         if isinstance(error, self.engine.tenacity.RetryError):  # MetaGPT asked the model again and again
             hint = f", after {error.last_attempt.attempt_number} attempts; a stronger model may keep to the form asked"
             error = error.last_attempt.exception() or error
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{hint}"
+        return f"{type(error).__name__}: {' '.join(self.run.redact(said(error)).split())[:500]}{hint}"
 
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
         speaker = _speaker.get()
         sender, to = (speaker.role if speaker else "Human"), sorted(_class_name(name) for name in message.send_to)
         documents = dict.fromkeys(re.findall(r'"filename":"([^"]+)"', message.content))
         payload = {
-            "message": f"{sender} to {', '.join(to)}: {', '.join(documents) or message.content[:200]}",
+            "message": f"{sender} to {', '.join(to)}: {', '.join(documents) or self.run.redact(message.content)[:200]}",
             "content": message.content,
             "cause_by": _class_name(message.cause_by),
             "sent_from": sender,
@@ -1343,7 +1397,7 @@ class _Team:
         tenacity, config = self.engine.tenacity, model.config
 
         def say(state: Any) -> None:
-            reason, _ = _model_error(state.outcome.exception(), config)
+            reason, _ = _model_error(state.outcome.exception(), config, self.run.secrets)
             attempt = f"attempt {state.attempt_number} of 5, the next in {state.next_action.sleep:g} s"
             self.log("WARNING", f"{reason} ({attempt})")
 
@@ -1357,7 +1411,7 @@ class _Team:
         try:
             return await attempts(self._attempt, model, original, *args, **kwargs)
         except Exception as error:
-            reason, _ = _model_error(error, config)
+            reason, _ = _model_error(error, config, self.run.secrets)
             if reason:
                 raise _GiveUp(reason) from error
             raise
@@ -1395,9 +1449,9 @@ class _Team:
         return cost
 
 
-def _model_error(error: BaseException, config: Any) -> tuple[str | None, bool]:
+def _model_error(error: BaseException, config: Any, secrets: Sequence[str] = ()) -> tuple[str | None, bool]:
     """Why a model request failed, for a person, and whether to try again; None: it is not the request's fault."""
-    where, text = f"the model API at {config.base_url}", " ".join(str(error).split())[:300]
+    where, text = f"the model API at {config.base_url}", " ".join(redact(said(error), secrets).split())[:300]
     status = getattr(error, "status_code", None)
     if isinstance(status, int):
         if status in (401, 403):
@@ -1410,7 +1464,7 @@ def _model_error(error: BaseException, config: Any) -> tuple[str | None, bool]:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # of openai and anthropic, of httpx, of aiohttp
     if kinds & {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}:
         cause = error.__cause__ or error
-        return f"{where} cannot be reached: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}", True
+        return f"{where} cannot be reached: {type(cause).__name__}: {redact(said(cause), secrets)[:200]}", True
     return None, False
 
 
@@ -1477,8 +1531,8 @@ class ActiveRun:
         """Asks the run to end; one that is still in its thread after `grace` seconds is abandoned (guarantee 6)."""
         if self.stop_reason in (None, StopReason.TIMEOUT):
             self.stop_reason = reason
-        self.run.cancel()
         self.scope.deadline = min(self.scope.deadline, self.broker.loop.time() + (grace if self.running else 0))
+        self.run.cancel()
 
 
 class Supervisor:
@@ -1501,6 +1555,7 @@ class Supervisor:
         self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
         self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
         self._active: dict[str, ActiveRun] = {}
+        self._deleting: set[str] = set()
         self._slots = anyio.Semaphore(settings.max_running)
         self._threads = anyio.CapacityLimiter(math.inf)  # the slots are the limit: an abandoned thread holds none
         self._ready, self._client_left = anyio.Event(), anyio.Event()
@@ -1522,7 +1577,8 @@ class Supervisor:
         if self._warm_up is not None:
             outcome = await anyio.to_thread.run_sync(_guarded, self._warm_up, abandon_on_cancel=True)
             if outcome.error is not None:
-                self.engine_error = f"MetaGPT could not be loaded: {type(outcome.error).__name__}: {outcome.error}"
+                reason = redact(f"{type(outcome.error).__name__}: {said(outcome.error)}", self._secrets)
+                self.engine_error = f"MetaGPT could not be loaded: {reason}"
                 logger.error("engine error=%r", self.engine_error)
         self._ready.set()
 
@@ -1590,6 +1646,8 @@ class Supervisor:
         broker = await self._broker(task_id)
         if task_id in self._active:
             return broker.task
+        if task_id in self._deleting:
+            raise TaskNotFound(f"task {task_id} not found: it is being deleted")
         self._refuse_if_closing()
         status = broker.task.status
         if status in ENDED and not (restart and status in RESTARTABLE):
@@ -1621,11 +1679,15 @@ class Supervisor:
     async def delete(self, task_id: str) -> None:
         """Stops a task, forgets it, its log and its workspace, and tells its clients."""
         await self.get(task_id)
-        if active := self._active.get(task_id):
-            active.stop(StopReason.CANCEL, self.settings.grace)
-            await active.done.wait()
-        await self.store.forget(task_id)
-        await self._clear_away(task_id)
+        self._deleting.add(task_id)  # no restart comes between the end of its run and this
+        try:
+            if active := self._active.get(task_id):
+                active.stop(StopReason.CANCEL, self.settings.grace)
+                await active.done.wait()
+            await self.store.forget(task_id)
+            await self._clear_away(task_id)
+        finally:
+            self._deleting.discard(task_id)
 
     async def get(self, task_id: str) -> Task:
         broker = self._brokers.get(task_id)
@@ -1644,8 +1706,9 @@ class Supervisor:
         if self.clients >= self.settings.max_sockets:
             raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
         broker = await self._broker(task_id)
-        self._brokers[task_id] = broker
-        broker.first_event_id = await self.store.first_event_id(task_id)
+        first = await self.store.first_event_id(task_id)
+        broker = self._brokers.setdefault(task_id, broker)
+        broker.first_event_id = first
         subscription = broker.subscribe(after, types)
         self.clients += 1
         self.counters["clients"] += 1
@@ -1679,8 +1742,9 @@ class Supervisor:
         return active
 
     def _release(self, broker: Broker) -> None:
-        if not broker.subscriptions and broker.task.id not in self._active:
-            self._brokers.pop(broker.task.id, None)
+        task_id = broker.task.id
+        if not broker.subscriptions and task_id not in self._active and self._brokers.get(task_id) is broker:
+            del self._brokers[task_id]
 
     async def _save(self, task: Task, state: TaskState) -> None:
         logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
@@ -1696,6 +1760,13 @@ class Supervisor:
     # The life of a run
 
     async def _execute(self, active: ActiveRun) -> None:
+        try:
+            await self._live(active)
+        except Exception:  # a fault in this program or in the store, at one task: the others go on
+            logger.exception("task id=%s fault", active.run.task_id)
+            await self._conclude(active, Outcome(error=RunFailed("the server failed; its log says why")))
+
+    async def _live(self, active: ActiveRun) -> None:
         async with contextlib.AsyncExitStack() as slot:
             with active.scope:
                 if not self._ready.is_set():
@@ -1755,7 +1826,7 @@ class Supervisor:
         state: dict[str, Any] = {"status": status, "current_agent": None, "waiting": None, "completed_at": now()}
         drafts: list[Draft] = []
         if status is TaskStatus.SUCCEEDED:
-            result = json.loads(run.redact(encode_payload(outcome.result or {}, self.settings.max_event_bytes)))
+            result = json.loads(encode_payload(outcome.result or {}, self.settings.max_event_bytes, self._secrets))
             message = str(result.get("message") or _summary(result))
             drafts.append(run.draft(EventType.RESULT, {"message": message, **result}))
             state |= {"final_result": result, "progress": 1.0}
@@ -1784,7 +1855,7 @@ class Supervisor:
             error = RunFailed(f"the runner must return a mapping or None, not {type(outcome.result).__name__}")
         if error is None:
             return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
-        reason = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        reason = said(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {said(error)}"
         logger.error("task id=%s failed=%s", active.run.task_id, ascii(active.run.redact(reason)))
         return TaskStatus.FAILED, EventType.TASK_ERROR, reason
 
@@ -1854,12 +1925,10 @@ async def _json_object(request: Request, limit: int, patience: float) -> dict[st
                     raise PayloadTooLarge(f"the body must be at most {limit} bytes")
     except TimeoutError:
         raise RequestTimeout(f"the body did not come within {patience:g} s") from None
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
+    except ClientDisconnect:
+        raise InvalidRequest("the client went away before its body had come") from None
     try:
-        value = json.loads(bytes(body), parse_constant=refuse)
+        value = json.loads(bytes(body), parse_constant=int)  # which refuses NaN and Infinity
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body must be JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
@@ -1936,6 +2005,8 @@ async def get_events(request: Request) -> Response:
     if "text/event-stream" in request.headers.get("accept", ""):
         if resume is not None and state.status in ENDED and after >= state.last_event_id:
             return Response(status_code=204)  # which keeps an EventSource from connecting again
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         stack = contextlib.AsyncExitStack()
         return EventStream(await stack.enter_async_context(supervisor.watch(task_id, after, types)), stack, supervisor)
     events = await supervisor.store.read(task_id, after, _whole(params, "limit", 1000, 1, 1000))
@@ -1972,10 +2043,10 @@ def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
         if not file.is_file() or any(part.startswith(".") for part in inside.parts):
             return None
         with file.open("rb") as opened:
-            opened.read(65536).decode()
+            codecs.getincrementaldecoder("utf-8")().decode(opened.read(65536))
             return file, True
-    except UnicodeDecodeError as error:
-        return file, error.reason == "unexpected end of data" and error.start > 65530  # cut inside a character
+    except UnicodeDecodeError:
+        return file, False
     except (OSError, ValueError):
         return None
 
@@ -2020,6 +2091,9 @@ def connected_message(subscription: Subscription) -> str:
     return envelope("connected", {**data, "status": task.status, **log, "recovered": subscription.recovered})
 
 
+FRAMES, ABORT = "streamer.frames", "streamer.abort"  # ASGI extensions of FrameProtocol and AbortProtocol
+
+
 class EventStream(StreamingResponse):
     """The SSE twin of the socket: the same messages, with `id:` on events, so that a client can resume."""
 
@@ -2027,7 +2101,12 @@ class EventStream(StreamingResponse):
 
     def __init__(self, subscription: Subscription, stack: contextlib.AsyncExitStack, supervisor: Supervisor) -> None:
         self._subscription, self._stack, self._supervisor = subscription, stack, supervisor
+        self._abort: Callable[[], None] = lambda: None
         super().__init__(self._chunks(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._abort = scope.get("extensions", {}).get(ABORT, {}).get("abort", self._abort)
+        await super().__call__(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[str]:
         yield f"data: {connected_message(self._subscription)}\n\n"
@@ -2042,22 +2121,14 @@ class EventStream(StreamingResponse):
             with anyio.fail_after(self._supervisor.settings.send_timeout):
                 await send(message)
 
-        with contextlib.suppress(SlowClient):  # it is past the status line: the response just ends
+        try:
             async with self._stack:
                 try:
                     await super().stream_response(timed)
                 except TimeoutError:
                     raise SlowClient from None
-
-
-async def refuse_socket(websocket: WebSocket) -> None:
-    await websocket.accept()
-    error = TaskNotFound(f"{shown(websocket.url.path)} not found: the socket is /ws/tasks/<task id>")
-    await websocket.send_text(envelope("error", error.as_dict()))
-    await websocket.close(error.close_code)
-
-
-FRAMES = "streamer.frames"  # an ASGI extension of FrameProtocol
+        except SlowClient:  # it is past the status line: nothing can be said any more
+            self._abort()
 
 
 def _frames(websocket: WebSocket) -> Mapping[str, Callable[..., Any]]:
@@ -2085,7 +2156,8 @@ class SocketStream:
         try:
             start = _query(params, "start", True, parse_bool, "true or false")
             after, types = _whole(params, "after", 0), _types(params)
-            async with self._supervisor.watch(websocket.path_params["task_id"], after, types) as self._subscription:
+            task_id = websocket.path_params.get("task_id", websocket.url.path)  # another path is no task either
+            async with self._supervisor.watch(task_id, after, types) as self._subscription:
                 await self._converse(start)
             await websocket.close(1000)
         except WebSocketDisconnect:
@@ -2143,6 +2215,8 @@ class SocketStream:
                 raise WebSocketDisconnect(message.get("code", 1005))
             try:
                 await self._obey(message.get("text"))
+            except SlowClient:
+                raise
             except StreamerError as error:
                 await self._send(envelope("error", error.as_dict()))
 
@@ -2177,7 +2251,7 @@ ROUTES = [
     Route("/api/tasks/{task_id}/artifacts", list_artifacts),
     Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
     WebSocketRoute("/ws/tasks/{task_id}", SocketStream),
-    WebSocketRoute("/{path:path}", refuse_socket),
+    WebSocketRoute("/{path:path}", SocketStream),
 ]
 
 
@@ -2275,6 +2349,15 @@ class FrameProtocol(WebSocketsSansIOProtocol):
             self.transport.write(frames)
 
 
+class AbortProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which also aborts a connection whose client does not read: the extension `streamer.abort`."""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        extensions: Any = self.scope.setdefault("extensions", {})
+        extensions[ABORT] = {"abort": self.transport.abort}
+
+
 class Server(uvicorn.Server):
     """uvicorn, but runs are stopped and clients told before it closes their connections."""
 
@@ -2284,6 +2367,7 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
+            http=AbortProtocol,
             ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
             ws_per_message_deflate=False,

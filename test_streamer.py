@@ -434,7 +434,8 @@ def test_settings_flags_win_over_the_environment() -> None:
         ("STREAMER_PORT", "-1", "port must be a number of at least 0, not -1"),
         ("STREAMER_HEARTBEAT", "soon", "STREAMER_HEARTBEAT must be a number, not 'soon'"),
         ("STREAMER_HEARTBEAT", "nan", "heartbeat must be a number of at least 0.05, not nan"),
-        ("STREAMER_GRACE", "inf", "grace must be a number of at least 0, not inf"),
+        ("STREAMER_GRACE", "inf", "grace must be a number of at least 0.1, not inf"),
+        ("STREAMER_WORKSPACE", "~nobody-here/x", "workspace must be a folder, not '~nobody-here/x'"),
         ("STREAMER_MAX_RUNNING", "0", "max_running must be a number of at least 1, not 0"),
         ("STREAMER_TEST_MODE", "maybe", "STREAMER_TEST_MODE must be true or false, not 'maybe'"),
         ("STREAMER_HOST", "0.0.0.0", "host must be a loopback address such as 127.0.0.1, not '0.0.0.0'"),
@@ -1112,6 +1113,117 @@ def test_secrets_reach_no_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert record.last_state["error_message"] == "RuntimeError: bad key ***"
 
 
+def leaves(value: Any) -> Iterator[str]:
+    """All texts and numbers in a JSON value, keys included."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield str(value)
+
+
+@pytest.mark.parametrize("secret", ["12345678", "nopassword", 'pass"word\\99', "passwörter"])
+def test_secrets_of_any_shape_are_found_in_any_place(secret: str) -> None:
+    """Digits in a number, characters that JSON escapes, a text cut in the middle: the JSON stays JSON, without it."""
+    secrets = streamer.known_secrets({"DB_PASSWORD": secret})
+    payload = {"message": f"{'x' * 290}{secret}", secret: [12345678, f"a\n{secret}", "a\nopassword"], "n": 1}
+    for limit in (65536, 300):
+        text = streamer.encode_payload(payload, limit, secrets)
+        assert [leaf for leaf in leaves(json.loads(text)) if secret in leaf or f"x{secret[:5]}" in leaf] == []
+
+
+class Odd(dict[str, Any]):
+    def items(self) -> Any:
+        raise KeyboardInterrupt
+
+
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def bush(depth: int = 5) -> dict[str, Any]:
+    top: dict[str, Any] = {"message": "m"}
+
+    def grow(parent: dict[str, Any], left: int) -> None:
+        parent["children"] = [{"parent": parent, "top": top} for _ in range(4 if left else 0)]
+        for child in parent["children"]:
+            grow(child, left - 1)
+
+    grow(top, depth)
+    return top
+
+
+@pytest.mark.parametrize("odd", [Odd(a=1), {10**5000: 1}, {"x": math.nan}, {"m": Unprintable()}, bush(), Unsayable()])
+def test_odd_results_and_errors_end_the_task_and_not_the_service(tmp_path: Path, odd: Any) -> None:
+    """What a runner returns or raises is handled on the server's own loop, and must not stop it."""
+
+    def runner(run: Run) -> Any:
+        if isinstance(odd, Exception):
+            raise odd
+        return odd
+
+    with live(runner, tmp_path) as client:
+        first, second = client.watch(client.create()), client.watch(client.create())
+    status = "FAILED" if isinstance(odd, Exception) else "SUCCEEDED"
+    assert [first.last_state["status"], second.last_state["status"]] == [status, status]
+
+
+def test_delete_races_restart(tmp_path: Path) -> None:
+    """A restart that comes while the task is deleted finds it gone; the service goes on."""
+    gate = Gate()
+    with live(gate, tmp_path, max_running=50) as client:
+        for _ in range(5):
+            task_id = client.create()
+            client.post(f"/api/tasks/{task_id}/run")
+
+            def restart(_: int, task_id: str = task_id) -> int:
+                return client.post(f"/api/tasks/{task_id}/run?restart=true").status_code
+
+            with ThreadPoolExecutor(17) as pool:
+                codes = pool.map(restart, range(64))
+                deleted = pool.submit(client.http.delete, f"/api/tasks/{task_id}")
+                assert set(codes) <= {202, 404}
+                assert deleted.result().status_code == 204
+            assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
+        gate.go.set()
+        assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+def test_cancel_callback_that_fails_is_the_runners_own_problem(tmp_path: Path) -> None:
+    """A cancel is acknowledged, and the run abandoned if need be, whatever the runner's callback does."""
+
+    def runner(run: Run) -> None:
+        run.on_cancel(lambda: 1 / 0)
+        run.emit("LOG")
+        run.wait(TIMEOUT)
+
+    with live(runner, tmp_path) as client, client.socket(task_id := client.create()) as websocket:
+        receive_until(websocket, is_event("LOG"))
+        assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+        assert Record(websocket).last_state["status"] == "CANCELLED"
+
+
+@pytest.mark.anyio
+async def test_deleted_task_ends_a_client_amid_its_replay() -> None:
+    """A client that lags when its log goes is told so, at once."""
+    broker = await new_broker(subscriber_buffer=1)
+    for number in range(3000):
+        await broker.publish([draft(number)])
+    subscription = broker.subscribe()
+    deliveries: Any = aiter(subscription)
+    await anext(deliveries)
+    await anext(deliveries)
+    await broker.store.forget("t")
+    broker.end(streamer.TaskNotFound("deleted"))
+    with pytest.raises(streamer.TaskNotFound):
+        await anext(deliveries)
+    await deliveries.aclose()
+    subscription.close()
+
+
 def test_delete_stops_forgets_and_tells(tmp_path: Path) -> None:
     """A deleted task is cancelled, its files go, its clients get 4404."""
     gate = Gate()
@@ -1604,7 +1716,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
     ("/api/tasks", JSON, b"{", 400, "the body must be JSON"),
     ("/api/tasks", JSON, b"\xff\xfe", 400, "the body must be JSON"),
     ("/api/tasks", JSON, b"[" * 60_000, 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b'{"input_prompt": NaN}', 400, "NaN is not JSON"),
+    ("/api/tasks", JSON, b'{"input_prompt": NaN}', 400, "the body must be JSON"),
     ("/api/tasks", JSON, b'{"n": ' + b"9" * 5000 + b"}", 400, "the body must be JSON"),
     ("/api/tasks", JSON, b"[]", 400, "the body must be an object, not an array"),
     ("/api/tasks", JSON, b"null", 400, "the body must be an object, not null"),
@@ -1617,7 +1729,8 @@ BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
     ("/api/tasks", JSON, b'{"input_prompt": "x", "title": null}', 400, "title must be a string, not null"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "Title": "y"}', 400, "'Title' is unknown"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": []}', 400, "options must be an object, not an array"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n": 1}}', 400, "options.n is unknown"),
+    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n": 1}}', 400, "options: 'n' is unknown"),
+    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"\\ud800": 1}}', 400, "is unknown"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": 51}}', 400, "options.n_round must be a whole"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": true}}', 400, "not the boolean true"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"investment": 0}}', 400, "options.investment must be"),
@@ -1811,6 +1924,22 @@ def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
         assert "waiting_on" not in Record(websocket).last_state
 
 
+def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> None:
+    """Silence is what the client hears: events that its types leave out do not put off the heartbeat."""
+    go = threading.Event()
+
+    def runner(run: Run) -> None:
+        while not go.is_set():
+            run.emit("TOKEN", {"message": "x"})
+            run.wait(0.01)
+
+    with live(runner, tmp_path, heartbeat=0.2) as client, client.socket(client.create(), "types=RESULT") as websocket:
+        for _ in range(8):
+            receive_until(websocket, lambda message: message["type"] == "state")
+        go.set()
+        assert Record(websocket).of("RESULT")
+
+
 def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
     """A client that never reads is let go with 1013 after send_timeout; run and readers are done long before."""
     with live(burst(20_000), tmp_path, send_timeout=1.0, max_events=20_010) as client:
@@ -1875,6 +2004,16 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
             assert client.watch(task_id).last_state["status"] == "SUCCEEDED"
             while "streamer_slow_clients_total 1" not in client.http.get("/metrics").text:
                 pass
+            with contextlib.suppress(ConnectionResetError):  # its connection is gone, not waiting for it
+                stalled.settimeout(TIMEOUT)
+                while stalled.recv(1 << 20):
+                    pass
+        head = client.http.head(f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"})
+        assert head.headers["content-type"].startswith("text/event-stream")
+        with socket.create_connection(address, TIMEOUT) as gone:
+            gone.sendall(b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            gone.sendall(b"Content-Length: 100\r\n\r\n{")
+        assert client.get("/healthz")["clients"] == 0
     assert not [record for record in caplog.records if record.exc_info]
 
 
@@ -1886,6 +2025,8 @@ def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
         (run.workspace / "docs" / ".git").mkdir(parents=True)
         (run.workspace / "docs" / ".git" / "config").write_text("hidden")
         (run.workspace / "docs" / "page.html").write_text("<script>alert(1)</script>")
+        (run.workspace / "hid\udcffden").mkdir()
+        (run.workspace / "hid\udcffden" / ".name\udcff").write_text("a name that is no UTF-8")
         (run.workspace / "logo.bin").write_bytes(b"\x89PNG\xff")
         (run.workspace / "link.txt").symlink_to(tmp_path / "secret.txt")
         (run.workspace / "outside").symlink_to(tmp_path)
