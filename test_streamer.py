@@ -2646,7 +2646,7 @@ BENCHMARKS = {
 
 
 def bench(names: list[str]) -> int:
-    """Prints the table of targets with what was measured; some six minutes for all of it."""
+    """Prints the table of targets with what was measured; some four minutes for all of it."""
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         print("the benchmark needs Linux and two cores: one for the server, one for its clients", file=sys.stderr)
         return 2
