@@ -1794,12 +1794,14 @@ class Supervisor:
             timer = asyncio.get_running_loop().call_later(
                 run.options["timeout"], active.stop, StopReason.TIMEOUT, self.settings.grace
             )
-            with active.scope:
-                outcome = await anyio.to_thread.run_sync(
-                    _guarded, self._runner, run, abandon_on_cancel=True, limiter=self._threads
-                )
-            timer.cancel()
-            run.finish()
+            try:
+                with active.scope:
+                    outcome = await anyio.to_thread.run_sync(
+                        _guarded, self._runner, run, abandon_on_cancel=True, limiter=self._threads
+                    )
+            finally:  # also where publishing fails: a thread held back at `emit` must not wait for ever
+                timer.cancel()
+                run.finish()
         return outcome
 
     async def _pump(self, active: ActiveRun) -> None:
@@ -2094,6 +2096,12 @@ def connected_message(subscription: Subscription) -> str:
 FRAMES, ABORT = "streamer.frames", "streamer.abort"  # ASGI extensions of FrameProtocol and AbortProtocol
 
 
+def _extension(scope: Scope, name: str) -> Mapping[str, Callable[..., Any]]:
+    """What the server offers by that name: nothing, where it is another server."""
+    offered: Mapping[str, Callable[..., Any]] = scope.get("extensions", {}).get(name, {})
+    return offered
+
+
 class EventStream(StreamingResponse):
     """The SSE twin of the socket: the same messages, with `id:` on events, so that a client can resume."""
 
@@ -2105,7 +2113,7 @@ class EventStream(StreamingResponse):
         super().__init__(self._chunks(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._abort = scope.get("extensions", {}).get(ABORT, {}).get("abort", self._abort)
+        self._abort = _extension(scope, ABORT).get("abort", self._abort)
         await super().__call__(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[str]:
@@ -2129,11 +2137,6 @@ class EventStream(StreamingResponse):
                     raise SlowClient from None
         except SlowClient:  # it is past the status line: nothing can be said any more
             self._abort()
-
-
-def _frames(websocket: WebSocket) -> Mapping[str, Callable[..., Any]]:
-    frames: Mapping[str, Callable[..., Any]] = websocket.scope.get("extensions", {}).get(FRAMES, {})
-    return frames
 
 
 class SocketStream:
@@ -2164,7 +2167,7 @@ class SocketStream:
             return
         except StreamerError as error:
             message = envelope("error", error.as_dict())
-            if isinstance(error, SlowClient) and (frames := _frames(websocket)):
+            if isinstance(error, SlowClient) and (frames := _extension(websocket.scope, FRAMES)):
                 frames["let_go"](text_frame(message), error.close_code, self._supervisor.settings.send_timeout)
                 return
             with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
@@ -2193,7 +2196,7 @@ class SocketStream:
             raise SlowClient(f"a send was blocked for {timeout:g} s; {resume}") from None
 
     async def _deliver(self, start: bool) -> None:
-        broker, frames = self._subscription.broker, _frames(self._websocket)
+        broker, frames = self._subscription.broker, _extension(self._websocket.scope, FRAMES)
         await self._send(connected_message(self._subscription))
         if self._subscription.types is None:
             self._subscription.write = frames.get("write")
