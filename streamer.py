@@ -19,7 +19,8 @@ by number:
     success does not overwrite it. A thread that does not stop within `grace` is abandoned.
  7. Honesty. A failed run is FAILED with its reason; secrets reach no event and no log.
  8. Isolation. Concurrent tasks share no prompt, cost, model client, file or token.
- 9. Restart. An event is stored before any client sees it.
+ 9. Restart. An event is stored before any client sees it. With SQLite or Redis the log outlives
+    the process, and a run that was cut off ends FAILED "interrupted".
 10. Bad input. Any input gets a clear 4xx or `error`; a payload JSON cannot carry is made to fit.
 """
 
@@ -39,14 +40,25 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import struct
 import sys
 import threading
 import time
 import types
 import uuid
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -54,7 +66,8 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, get_type_hints
+from urllib.parse import unquote, urlsplit
 
 import anyio
 import anyio.abc
@@ -114,6 +127,10 @@ class Settings:
     send_timeout: float = _setting(20.0, "seconds a client may stay blocked", low=0.05)
     grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0.1)
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
+    max_age: float = _setting(604800.0, "seconds until a task that does not run is forgotten", low=1)
+    db: str = _setting("", "SQLite file of the tasks and their logs, instead of memory")
+    redis_url: str = _setting("", "Redis of the tasks and their logs, for several replicas: redis://host:6379")
+    lease: float = _setting(15.0, "seconds after which a replica that is not heard from has lost its tasks", low=0.5)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -125,6 +142,8 @@ class Settings:
         if self.host not in ("localhost", "::1") and not re.fullmatch(r"127(\.\d{1,3}){3}", self.host):
             why = "there is no authentication yet; put a proxy that has it in front"
             raise SettingsError(f"host must be a loopback address such as 127.0.0.1, not {self.host!r}: {why}")
+        if self.db and self.redis_url:
+            raise SettingsError("db and redis_url are two places for the same log: set one of them")
         try:  # MetaGPT's git library changes the process's current folder while it works
             object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
         except RuntimeError as error:
@@ -191,6 +210,9 @@ class TooManyTasks(StreamerError, status=429, close_code=1013, retry_after=5): .
 class TooManyClients(StreamerError, status=503, close_code=1013, retry_after=5): ...
 class SlowClient(StreamerError, status=503, close_code=1013): ...
 class ServerClosing(StreamerError, status=503, close_code=1001, retry_after=5): ...
+class StoreUnavailable(StreamerError, status=503, close_code=1013, retry_after=5): ...
+class LeaseLost(StreamerError, status=503, close_code=1013): ...  # another process may have the task now
+class TaskExists(StreamerError, status=409, close_code=1008): ...
 class IllegalTransition(StreamerError): ...  # a fault of this program, never of a client
 class RunFailed(StreamerError): ...  # the message is a reason a person can act on
 # fmt: on
@@ -238,6 +260,10 @@ class Event(NamedTuple):
     @property
     def data(self) -> str:
         return self.message[len('{"type":"event","data":') : -1]
+
+    @classmethod
+    def restored(cls, event_id: int, event_type: str, data: str) -> Event:
+        return cls(event_id, EventType(event_type), text_frame(f'{{"type":"event","data":{data}}}'))
 
 
 def text_frame(message: str) -> bytes:
@@ -408,7 +434,7 @@ class Task:
 NO_COST: Mapping[str, float] = {"prompt_tokens": 0, "completion_tokens": 0, "total_cost": 0.0, "max_budget": 0.0}
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskState:
     """Where a task is now: the `state` message."""
 
@@ -423,13 +449,17 @@ class TaskState:
     error_message: str | None = None
     final_result: Mapping[str, Any] | None = None
     cost: Mapping[str, float] = field(default_factory=lambda: NO_COST)
-    waiting: tuple[str, str | None, float] | None = None  # the model call: role, action, time.monotonic()
+    waiting: tuple[str, str | None, float] | None = None  # the model call: role, action, time.time()
 
     def as_dict(self) -> dict[str, Any]:
         data = dict(vars(self))
         if waiting := data.pop("waiting"):
             role, action, since = waiting
-            data["waiting_on"] = {"agent_role": role, "action": action, "seconds": round(time.monotonic() - since, 1)}
+            data["waiting_on"] = {
+                "agent_role": role,
+                "action": action,
+                "seconds": round(max(0.0, time.time() - since), 1),
+            }
         return data
 
 
@@ -478,13 +508,46 @@ def kind_of(value: Any) -> str:
 # -----------------------------------------------------------------------------
 
 
+Record = tuple[Task, TaskState]
+
+
+def _dump(value: Task | TaskState) -> str:
+    return encode(vars(value))
+
+
+def _load(task: str, state: str) -> Record:
+    task_values, values = json.loads(task), json.loads(state)
+    waiting = tuple(values.pop("waiting") or ()) or None
+    for each in (task_values, values):
+        each["status"] = TaskStatus(each["status"])
+    return Task(**task_values), TaskState(**values, waiting=waiting)
+
+
+class Sweep(NamedTuple):
+    """What `Store.sweep` found: ids of tasks."""
+
+    orphans: Sequence[str] = ()  # started, and whoever ran them is gone
+    expired: Sequence[str] = ()  # forgotten for their age
+    lost: Sequence[str] = ()  # claimed here, but not any more
+    cancels: Sequence[str] = ()  # another process wants them cancelled
+
+
 class Store(Protocol):
-    """Where tasks and their logs live. Clients see an event only after `append` returned."""
+    """Where tasks and their logs live. Clients see an event only after `write` returned (guarantee 9).
 
-    async def save(self, task: Task, state: TaskState) -> list[str]:
-        """Writes a task; returns the ids of those that retention forgot. Raises TooManyTasks."""
+    Who runs a task has claimed it, and nobody else writes to it: that, and the last five methods,
+    matter where several processes share a store. Any method may raise StoreUnavailable.
+    """
 
-    async def load(self, task_id: str) -> tuple[Task, TaskState]:
+    error: str | None  # why it does not answer, while it does not
+
+    def opened(self, notify: Callable[[str | None], None]) -> contextlib.AbstractAsyncContextManager[None]:
+        """The time it is used; `notify` is told when `error` changes."""
+
+    async def create(self, task: Task) -> Sequence[str]:
+        """Adds a task; returns the ids of those that retention forgot. Raises TaskExists, TooManyTasks."""
+
+    async def load(self, task_id: str) -> Record:
         """Raises TaskNotFound."""
 
     async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
@@ -494,75 +557,690 @@ class Store(Protocol):
 
     async def forget(self, task_id: str) -> None: ...
 
-    async def append(self, task_id: str, events: Sequence[Event]) -> None: ...
+    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
+        """All of it, or nothing. Raises LeaseLost where the task is not claimed here (any more)."""
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        """Up to `limit` events numbered above `after`, or above what retention dropped."""
+        """At most `limit` events, from the first that is numbered above `after` and kept."""
 
     async def first_event_id(self, task_id: str) -> int:
         """The number of the oldest event kept."""
 
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
+        """The task, to write to from now on; None where its status is another, or somebody has it."""
+
+    async def release(self, task_id: str) -> None:
+        """Ends a claim without a word; `write` does so with a status that is final."""
+
+    async def sweep(self) -> Sweep:
+        """Called often: says that this process lives, and looks who else does."""
+
+    async def pause(self, seconds: float) -> None:
+        """Until the next sweep is due, or is worth it."""
+
+    async def cancel(self, task_id: str) -> None:
+        """Asks the process that runs a task to cancel it; returns when it has heard."""
+
+    async def heard(self, task_id: str) -> None:
+        """Answers `cancel`."""
+
+    def changes(self, task_id: str) -> AsyncGenerator[None, None]:
+        """Yields whenever another process may have written to the task; at once where none can."""
+
+
+class _LocalStore:
+    """What a store needs no more than this for when one process has it for itself."""
+
+    error: str | None = None
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._claimed: set[str] = set()
+
+    async def release(self, task_id: str) -> None:
+        self._claimed.discard(task_id)
+
+    async def pause(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+    async def cancel(self, task_id: str) -> None:
+        await anyio.sleep(0.02)  # the claim that was in the way is about to become a run
+
+    async def heard(self, task_id: str) -> None: ...
+
+    async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
+        for _ in ():
+            yield
+
+    def _check_claim(self, state: TaskState) -> None:
+        if state.task_id not in self._claimed:
+            raise LeaseLost(f"task {state.task_id} is not claimed")
+        if state.status in ENDED:
+            self._claimed.discard(state.task_id)
+
+    def _limit(self) -> str:
+        return now(time.time() - self._settings.max_age)
+
+
+def _not_found(task_id: str) -> TaskNotFound:
+    return TaskNotFound(f"task {shown(task_id)} not found: never created here, deleted, or forgotten since")
+
+
+def _too_many(settings: Settings) -> TooManyTasks:
+    return TooManyTasks(f"{settings.max_tasks} tasks have not ended, the limit (max_tasks); run or delete some")
+
 
 @dataclass
-class _Record:
+class _Row:
     task: Task
     state: TaskState
     log: list[Event] = field(default_factory=list)
     dropped: int = 0  # events that came before log[0]
 
 
-class MemoryStore:
+class MemoryStore(_LocalStore):
     """The embedded default: forgets at exit."""
 
     def __init__(self, settings: Settings) -> None:
-        self._max_tasks, self._max_events = settings.max_tasks, settings.max_events
-        self._records: dict[str, _Record] = {}
+        super().__init__(settings)
+        self._rows: dict[str, _Row] = {}
 
-    async def save(self, task: Task, state: TaskState) -> list[str]:
-        if task.id in self._records:
-            self._records[task.id].task, self._records[task.id].state = task, state
-            return []
-        ended = (key for key, record in self._records.items() if record.task.status in ENDED)
-        forgotten = list(islice(ended, max(0, len(self._records) + 1 - self._max_tasks)))
-        if len(self._records) - len(forgotten) >= self._max_tasks:
-            raise TooManyTasks(f"{len(self._records)} tasks have not ended, the limit (max_tasks); run or delete some")
-        for key in forgotten:
-            await self.forget(key)
-        self._records[task.id] = _Record(task, state)
+    @contextlib.asynccontextmanager
+    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
+        yield
+
+    async def create(self, task: Task) -> Sequence[str]:
+        if task.id in self._rows:
+            raise TaskExists(f"task {task.id} exists")
+        excess = max(0, len(self._rows) + 1 - self._settings.max_tasks)
+        forgotten = list(islice((key for key, row in self._rows.items() if row.task.status in ENDED), excess))
+        if len(forgotten) < excess:
+            raise _too_many(self._settings)
+        for task_id in forgotten:
+            del self._rows[task_id]
+        self._rows[task.id] = _Row(task, TaskState(task_id=task.id))
         return forgotten
 
-    async def load(self, task_id: str) -> tuple[Task, TaskState]:
-        if (record := self._records.get(task_id)) is None:
-            raise TaskNotFound(f"task {shown(task_id)} not found: never created here, deleted, or forgotten since")
-        return record.task, record.state
+    async def load(self, task_id: str) -> Record:
+        if (row := self._rows.get(task_id)) is None:
+            raise _not_found(task_id)
+        return row.task, row.state
 
     async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
-        tasks = [record.task for record in self._records.values() if status in (None, record.task.status)][::-1]
+        tasks = [row.task for row in self._rows.values() if status in (None, row.task.status)][::-1]
         return tasks[offset : offset + limit], len(tasks)
 
     async def count(self) -> Mapping[TaskStatus, int]:
-        return Counter(record.task.status for record in self._records.values())
+        return Counter(row.task.status for row in self._rows.values())
 
     async def forget(self, task_id: str) -> None:
-        self._records.pop(task_id, None)
+        self._rows.pop(task_id, None)
 
-    async def append(self, task_id: str, events: Sequence[Event]) -> None:
-        record = self._records[task_id]
-        record.log.extend(events)
-        excess = len(record.log) - self._max_events
-        if excess > self._max_events // 8:  # in strides: dropping from the front of a list moves the rest
-            del record.log[:excess]
-            record.dropped += excess
+    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
+        row = self._rows.get(state.task_id)
+        if row is None:
+            raise _not_found(state.task_id)
+        self._check_claim(state)
+        row.task, row.state = task or row.task, state
+        row.log.extend(events)
+        excess = len(row.log) - self._settings.max_events
+        if excess > self._settings.max_events // 8:  # in strides: dropping from the front of a list moves the rest
+            del row.log[:excess]
+            row.dropped += excess
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        if (record := self._records.get(task_id)) is None:
+        if (row := self._rows.get(task_id)) is None:
             return ()
-        start = max(after - record.dropped, len(record.log) - self._max_events, 0)
-        return record.log[start : start + limit]
+        start = max(after - row.dropped, len(row.log) - self._settings.max_events, 0)
+        return row.log[start : start + limit]
 
     async def first_event_id(self, task_id: str) -> int:
-        record = self._records[task_id]
-        return record.dropped + 1 + max(0, len(record.log) - self._max_events)
+        row = self._rows.get(task_id)
+        return 1 if row is None else row.dropped + 1 + max(0, len(row.log) - self._settings.max_events)
+
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
+        task, state = await self.load(task_id)
+        if task_id in self._claimed or task.status not in statuses:
+            return None
+        self._claimed.add(task_id)
+        return task, state
+
+    async def sweep(self) -> Sweep:
+        idle = {key: row.task for key, row in self._rows.items() if key not in self._claimed}
+        orphans = [key for key, task in idle.items() if task.status is TaskStatus.RUNNING]
+        expired = [key for key, task in idle.items() if task.updated_at < self._limit() and key not in orphans]
+        for task_id in expired:
+            del self._rows[task_id]
+        return Sweep(orphans, expired)
+
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, updated_at TEXT NOT NULL,
+    task TEXT NOT NULL, state TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (status, number);
+CREATE TABLE IF NOT EXISTS events (
+    task_id TEXT NOT NULL, event_id INTEGER NOT NULL, event_type TEXT NOT NULL, data TEXT NOT NULL,
+    PRIMARY KEY (task_id, event_id)
+) WITHOUT ROWID;
+PRAGMA user_version = 1;
+COMMIT;
+"""
+T = TypeVar("T")
+
+
+class SqliteStore(_LocalStore):
+    """A file that outlives the process, however that ends. One server has it at a time.
+
+    Writes are committed in groups: what gathers during one commit is the next. Raises SettingsError
+    for a file that cannot be used.
+    """
+
+    PAGE_BYTES = 1 << 20  # of events read at once
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._path = Path(settings.db).expanduser().absolute()
+        self._pending: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
+        self._wake = asyncio.Event()
+        self._one_reader = anyio.CapacityLimiter(1)
+        try:
+            self._lock, self._writer = self._connect(f"{self._path}.lock", 0), self._connect(self._path)
+            self._lock.execute("BEGIN EXCLUSIVE")  # held while this process lives
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            if version not in (0, 1):
+                raise SettingsError(f"db {self._path} has schema version {version}, and this streamer knows 1")
+            self._writer.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE;" + SCHEMA
+            )
+            self._reader = self._connect(self._path)
+        except sqlite3.Error as error:
+            why = {
+                "SQLITE_BUSY": "another streamer uses it; give each its own file, or all of them one redis_url",
+                "SQLITE_CANTOPEN": "its folder must exist and be writable",
+                "SQLITE_NOTADB": "it is another kind of file",
+            }.get(error.sqlite_errorname, "is it a SQLite file that may be written?")
+            raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
+
+    def _connect(self, path: Path | str, timeout: float | None = None) -> sqlite3.Connection:
+        timeout = self._settings.lease if timeout is None else timeout  # for a lock that somebody's shell holds
+        return sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
+        self._notify = notify
+        with contextlib.closing(self._lock), contextlib.closing(self._writer), contextlib.closing(self._reader):
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._commit_groups)
+                yield
+                group.cancel_scope.cancel()
+
+    async def _commit_groups(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._pending = self._pending, []
+            outcomes = await anyio.to_thread.run_sync(self._commit, [operation for operation, _ in batch])
+            for (_, future), (result, error) in zip(batch, outcomes, strict=True):
+                if future.done():  # cancelled: nobody waits any more
+                    continue
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+
+    def _commit(self, operations: Sequence[Callable[[sqlite3.Connection], Any]]) -> list[tuple[Any, Exception | None]]:
+        outcomes: list[tuple[Any, Exception | None]] = []
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for operation in operations:
+                try:
+                    outcomes.append((operation(self._writer), None))
+                except StreamerError as error:  # raised before anything was changed
+                    outcomes.append((None, error))
+            self._writer.execute("COMMIT")
+            return outcomes
+        except sqlite3.Error as error:
+            if self._writer.in_transaction:
+                self._writer.rollback()
+            if len(operations) > 1:  # one task's fault stops no other
+                return [outcome for operation in operations for outcome in self._commit([operation])]
+            return [(None, self._unavailable(error))]
+
+    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+        return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
+
+    async def _write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._pending.append((operation, future))
+        self._wake.set()
+        try:
+            result = await future
+        except StoreUnavailable as error:
+            self._say(str(error))
+            raise
+        self._say(None)
+        return result
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            return await anyio.to_thread.run_sync(query, self._reader, limiter=self._one_reader)
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from None
+
+    def _say(self, error: str | None) -> None:
+        before, self.error = self.error, error
+        if (before is None) != (error is None):
+            self._notify(error)
+
+    async def create(self, task: Task) -> Sequence[str]:
+        row = (task.id, task.status, task.updated_at, _dump(task), _dump(TaskState(task_id=task.id)))
+
+        def create(db: sqlite3.Connection) -> Sequence[str]:
+            if db.execute("SELECT 1 FROM tasks WHERE id = ?", (task.id,)).fetchone():
+                raise TaskExists(f"task {task.id} exists")
+            (count,) = db.execute("SELECT count(*) FROM tasks").fetchone()
+            excess = max(0, count + 1 - self._settings.max_tasks)
+            ended = "SELECT id FROM tasks WHERE status NOT IN ('PENDING', 'RUNNING') ORDER BY number LIMIT ?"
+            forgotten = [task_id for (task_id,) in db.execute(ended, (excess,))]
+            if len(forgotten) < excess:
+                raise _too_many(self._settings)
+            self._forget(db, forgotten)
+            db.execute("INSERT INTO tasks (id, status, updated_at, task, state) VALUES (?, ?, ?, ?, ?)", row)
+            return forgotten
+
+        return await self._write(create)
+
+    def _forget(self, db: sqlite3.Connection, task_ids: Sequence[str]) -> None:
+        for table, column in (("events", "task_id"), ("tasks", "id")):
+            db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(task_id,) for task_id in task_ids])
+
+    async def load(self, task_id: str) -> Record:
+        query = "SELECT task, state FROM tasks WHERE id = ?"
+        found = await self._read(lambda db: db.execute(query, (task_id,)).fetchone())
+        if found is None:
+            raise _not_found(task_id)
+        return _load(*found)
+
+    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
+        where, values = ("WHERE status = ?", [status]) if status else ("", [])
+
+        def page(db: sqlite3.Connection) -> tuple[list[Task], int]:
+            (total,) = db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()
+            query = f"SELECT task, state FROM tasks {where} ORDER BY number DESC LIMIT ? OFFSET ?"
+            return [_load(*row)[0] for row in db.execute(query, [*values, limit, offset])], total
+
+        return await self._read(page)
+
+    async def count(self) -> Mapping[TaskStatus, int]:
+        query = "SELECT status, count(*) FROM tasks GROUP BY status"
+        return await self._read(lambda db: {TaskStatus(status): count for status, count in db.execute(query)})
+
+    async def forget(self, task_id: str) -> None:
+        await self._write(lambda db: self._forget(db, [task_id]))
+
+    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
+        key, text, oldest = state.task_id, _dump(state), state.last_event_id - self._settings.max_events
+        values = [(key, event.event_id, event.event_type, event.data) for event in events]
+        row = None if task is None else (task.status, task.updated_at, _dump(task))
+
+        def write(db: sqlite3.Connection) -> None:
+            if db.execute("UPDATE tasks SET state = ? WHERE id = ?", (text, key)).rowcount == 0:
+                raise _not_found(key)
+            if row:
+                db.execute("UPDATE tasks SET status = ?, updated_at = ?, task = ? WHERE id = ?", (*row, key))
+            db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", values)
+            if oldest > 0:
+                db.execute("DELETE FROM events WHERE task_id = ? AND event_id <= ?", (key, oldest))
+
+        if key not in self._claimed:
+            raise LeaseLost(f"task {key} is not claimed")
+        await self._write(write)
+        self._check_claim(state)
+
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        query = "SELECT event_id, event_type, data FROM events WHERE task_id = ? AND event_id > ? ORDER BY event_id"
+
+        def read(db: sqlite3.Connection) -> list[Event]:
+            found, size = [], 0
+            for row in islice(db.execute(query, (task_id, after)), limit):
+                found.append(Event.restored(*row))
+                if (size := size + len(row[2])) > self.PAGE_BYTES:
+                    break
+            return found
+
+        return await self._read(read)
+
+    async def first_event_id(self, task_id: str) -> int:
+        query = "SELECT min(event_id) FROM events WHERE task_id = ?"
+        return await self._read(lambda db: db.execute(query, (task_id,)).fetchone()[0] or 1)
+
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
+        if task_id in self._claimed:
+            return None
+        self._claimed.add(task_id)
+        record = None
+        try:
+            record = await self.load(task_id)
+            return record if record[0].status in statuses else None
+        finally:
+            if record is None or record[0].status not in statuses:
+                self._claimed.discard(task_id)
+
+    async def sweep(self) -> Sweep:
+        query = "SELECT id, status, updated_at FROM tasks WHERE status = 'RUNNING' OR updated_at < ?"
+        rows = await self._read(lambda db: db.execute(query, (self._limit(),)).fetchall())
+        idle = [(task_id, status == TaskStatus.RUNNING) for task_id, status, _ in rows if task_id not in self._claimed]
+        expired = [task_id for task_id, running in idle if not running]
+        if expired:
+            await self._write(lambda db: self._forget(db, expired))
+        return Sweep([task_id for task_id, running in idle if running], expired)
+
+
+# Redis: what must be one step is a script. One hash, one stream a task, an index, and a lease a replica.
+INDEX, TASK, LOG, LEASE = "streamer:tasks", "streamer:task:", "streamer:log:", "streamer:lease:"
+CREATE = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local time = redis.call('TIME')
+redis.call('ZADD', KEYS[1], time[1] .. string.format('%06d', time[2]), ARGV[1])
+redis.call('HSET', KEYS[2], 'status', 'PENDING', 'task', ARGV[2], 'state', ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+SCAN = """
+local found = {}
+for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, -1)) do
+  local task = redis.call('HMGET', ARGV[1] .. id, 'status', 'owner', 'cancel')
+  local alive = task[2] and redis.call('EXISTS', ARGV[2] .. task[2]) or 0
+  table.insert(found, {id, task[1] or '', task[2] or '', alive, task[3] or ''})
+end
+return found
+"""
+CLAIM = """
+local task = redis.call('HMGET', KEYS[1], 'status', 'owner', 'task', 'state')
+if redis.call('EXISTS', ARGV[2] .. ARGV[1]) == 0 then return {'lapsed'} end
+local wanted = false
+for i = 3, #ARGV do wanted = wanted or task[1] == ARGV[i] end
+local started = task[2] and (task[1] == 'PENDING' or task[1] == 'RUNNING')
+if not wanted or (started and task[2] ~= ARGV[1] and redis.call('EXISTS', ARGV[2] .. task[2]) == 1) then return {} end
+redis.call('HSET', KEYS[1], 'owner', ARGV[1])
+redis.call('HDEL', KEYS[1], 'cancel')
+return {task[3], task[4]}
+"""
+RELEASE = "if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('HDEL', KEYS[1], 'owner') end"
+CANCEL = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancel', '1') end
+redis.call('PUBLISH', ARGV[1], '')
+"""
+WRITE = """
+if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'state', ARGV[2])
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4]) end
+local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+local last = newest and tonumber(string.match(newest[1], '%d+')) or 0
+for i = 7, #ARGV, 3 do
+  if tonumber(ARGV[i]) > last then  -- the others are here: it was the answer that got lost
+    redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], ARGV[i] .. '-0', 'type', ARGV[i + 1], 'data', ARGV[i + 2])
+  end
+end
+for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[6]) end
+redis.call('PUBLISH', KEYS[1], '')
+return 1
+"""
+
+
+SCRIPTS = {"create": CREATE, "scan": SCAN, "claim": CLAIM, "release": RELEASE, "cancel": CANCEL, "write": WRITE}
+
+
+class _Scanned(NamedTuple):
+    task_id: str
+    status: str  # empty: it has expired
+    owner: str
+    alive: int
+    cancel: str
+
+
+class RedisStore:
+    """A Redis that several replicas share. Each holds a lease while it lives; what it claimed is its own that long.
+
+    Calls are tried again while Redis is away, until `lease` seconds after it last answered. Raises
+    SettingsError where it cannot be reached at the start.
+    """
+
+    CANCELS = "streamer:cancels"  # a channel
+    PAGE = 256  # events read at once
+
+    def __init__(self, settings: Settings) -> None:
+        self.error: str | None = None
+        self._settings, self._lease = settings, settings.lease
+        self._max_age = math.ceil(settings.max_age)
+        self._replica = uuid.uuid4().hex
+        self._claimed: set[str] = set()
+        self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # channel → who waits for news
+        self._attention = asyncio.Event()
+        self._asyncio, self._errors = (
+            importlib.import_module("redis.asyncio"),
+            importlib.import_module("redis").exceptions,
+        )
+        self._options: dict[str, Any] = {"socket_timeout": min(5.0, self._lease), "decode_responses": True}
+        try:
+            parts = urlsplit(settings.redis_url)
+            where = f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+            self._url = f"{parts.scheme}://{where}"  # without user and password
+            redis = importlib.import_module("redis").Redis.from_url(settings.redis_url, **self._options)
+        except ValueError:  # whose text may hold the password
+            form = "redis://[[user]:password@]host[:port][/number], with % escapes in the password"
+            raise SettingsError(f"redis_url must be {form}") from None
+        try:
+            with redis:
+                redis.ping()
+        except self._errors.RedisError as error:
+            raise SettingsError(f"the Redis at {self._url} cannot be used: {error}") from None
+
+    @contextlib.asynccontextmanager
+    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
+        self._notify = notify
+        self._answered = time.monotonic()
+        pool = self._asyncio.BlockingConnectionPool.from_url(
+            self._settings.redis_url, max_connections=32, **self._options
+        )
+        async with self._asyncio.Redis.from_pool(pool) as self._redis:
+            self._scripts = {name: self._redis.register_script(text) for name, text in SCRIPTS.items()}
+            await self._renew()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._listen)
+                yield
+                group.cancel_scope.cancel()
+
+    async def _listen(self) -> None:
+        """What other replicas say: news of tasks that are followed here, and that a task is to be cancelled."""
+        while True:
+            with contextlib.suppress(self._errors.RedisError, OSError):
+                async with self._redis.pubsub() as self._pubsub:
+                    await self._pubsub.subscribe(self.CANCELS, *self._news)
+                    while True:
+                        if message := await self._pubsub.get_message(timeout=self._lease):
+                            for event in self._news.get(message["channel"], {self._attention}):
+                                event.set()
+            await anyio.sleep(0.2)
+
+    async def _call(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        while True:
+            try:
+                answer = await command()
+            except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+                silent = time.monotonic() - self._answered
+                self._say(f"the Redis at {self._url} cannot be reached: {error}")
+                if silent > self._lease:
+                    raise StoreUnavailable(f"{self.error} (for {silent:.0f} s)") from None
+                await anyio.sleep(0.2)
+            except self._errors.RedisError as error:
+                self._say(f"the Redis at {self._url} refused: {error}")
+                raise StoreUnavailable(str(self.error)) from None
+            else:
+                self._answered = time.monotonic()
+                self._say(None)
+                return answer
+
+    def _say(self, error: str | None) -> None:
+        before, self.error = self.error, error
+        if (before is None) != (error is None):
+            self._notify(error)
+
+    async def _script(self, name: str, keys: Sequence[str], *values: Any) -> Any:
+        return await self._call(partial(self._scripts[name], keys, values))
+
+    async def _renew(self) -> Sequence[str]:
+        """Renews the lease; returns the tasks that are lost where it had run out."""
+        if await self._call(lambda: self._redis.pexpire(LEASE + self._replica, int(1000 * self._lease))):
+            return []
+        self._replica = uuid.uuid4().hex
+        await self._call(lambda: self._redis.set(LEASE + self._replica, "", px=int(1000 * self._lease)))
+        lost = list(self._claimed)
+        self._claimed.clear()
+        return lost
+
+    async def create(self, task: Task) -> Sequence[str]:
+        forgotten: list[str] = []
+        excess = await self._call(lambda: self._redis.zcard(INDEX)) + 1 - self._settings.max_tasks
+        if excess > 0:
+            ended = [row.task_id for row in await self._scan() if row.status in ENDED]
+            if len(ended) < excess:
+                raise _too_many(self._settings)
+            forgotten = ended[-excess:]
+        values = task.id, _dump(task), _dump(TaskState(task_id=task.id)), self._max_age
+        if not await self._script("create", [INDEX, TASK + task.id], *values):
+            raise TaskExists(f"task {task.id} exists")
+        for task_id in forgotten:
+            await self.forget(task_id)
+        return forgotten
+
+    async def load(self, task_id: str) -> Record:
+        task, state = await self._call(lambda: self._redis.hmget(TASK + task_id, "task", "state"))
+        if task is None:
+            raise _not_found(task_id)
+        return _load(task, state)
+
+    async def _scan(self) -> list[_Scanned]:
+        return [_Scanned(*row) for row in await self._script("scan", [INDEX], TASK, LEASE)]
+
+    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
+        found = [row.task_id for row in await self._scan() if row.status and status in (None, row.status)]
+
+        async def read() -> Any:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for task_id in found[offset : offset + limit]:
+                    pipe.hmget(TASK + task_id, "task", "state")
+                return await pipe.execute()
+
+        return [_load(task, state)[0] for task, state in await self._call(read) if task], len(found)
+
+    async def count(self) -> Mapping[TaskStatus, int]:
+        return Counter(TaskStatus(row.status) for row in await self._scan() if row.status)
+
+    async def forget(self, task_id: str) -> None:
+        async def forget() -> Any:
+            async with self._redis.pipeline() as pipe:
+                pipe.delete(TASK + task_id, LOG + task_id).zrem(INDEX, task_id).publish(TASK + task_id, "")
+                return await pipe.execute()
+
+        await self._call(forget)
+
+    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
+        task_id = state.task_id
+        values: list[Any] = [_dump(state), task.status if task else "", _dump(task) if task else ""]
+        values += [self._settings.max_events, self._max_age]
+        for event in events:
+            values += (event.event_id, event.event_type.value, event.data)
+        keys = [TASK + task_id, LOG + task_id, LEASE + self._replica]
+        if task_id not in self._claimed or not await self._script("write", keys, self._replica, *values):
+            self._claimed.discard(task_id)
+            raise LeaseLost(f"task {task_id} is not this replica's any more: its lease had run out")
+        if state.status in ENDED:
+            self._claimed.discard(task_id)
+
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        start, count = f"{after + 1}-0", min(limit, self.PAGE)
+        found = await self._call(lambda: self._redis.xrange(LOG + task_id, start, count=count))
+        return [Event.restored(int(key[:-2]), entry["type"], entry["data"]) for key, entry in found]
+
+    async def first_event_id(self, task_id: str) -> int:
+        found = await self.read(task_id, 0, 1)
+        return found[0].event_id if found else 1
+
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
+        if task_id in self._claimed:
+            return None
+        self._claimed.add(task_id)
+        record = None
+        try:
+            found = await self._script("claim", [TASK + task_id], self._replica, LEASE, *statuses)
+            if found == ["lapsed"]:
+                raise StoreUnavailable("this replica's lease had run out; try again")
+            record = _load(*found) if found else None
+            return record
+        finally:
+            if record is None:
+                self._claimed.discard(task_id)
+
+    async def release(self, task_id: str) -> None:
+        self._claimed.discard(task_id)
+        await self._script("release", [TASK + task_id], self._replica)
+
+    async def sweep(self) -> Sweep:
+        lost = await self._renew()
+        for key in [kind + task_id for task_id in self._claimed for kind in (TASK, LOG)]:
+            await self._call(partial(self._redis.expire, key, self._max_age))
+        orphans, expired, cancels = [], [], []
+        for row in await self._scan():
+            gone = not row.alive or (row.owner == self._replica and row.task_id not in self._claimed)
+            if not row.status:
+                if await self._call(partial(self._redis.zrem, INDEX, row.task_id)):
+                    expired.append(row.task_id)
+            elif gone and (row.status == TaskStatus.RUNNING or (row.owner and row.status == TaskStatus.PENDING)):
+                orphans.append(row.task_id)
+            if row.cancel and row.task_id in self._claimed:
+                cancels.append(row.task_id)
+        return Sweep(orphans, expired, lost, cancels)
+
+    async def pause(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
+            await self._attention.wait()
+        self._attention.clear()
+
+    async def cancel(self, task_id: str) -> None:
+        await self._script("cancel", [TASK + task_id], self.CANCELS)
+        while await self._call(lambda: self._redis.hexists(TASK + task_id, "cancel")):  # noqa: ASYNC110
+            await anyio.sleep(0.02)
+
+    async def heard(self, task_id: str) -> None:
+        await self._call(lambda: self._redis.hdel(TASK + task_id, "cancel"))
+
+    async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
+        channel, event = TASK + task_id, asyncio.Event()
+        self._news[channel].add(event)
+        try:
+            with contextlib.suppress(self._errors.RedisError, OSError):
+                await self._pubsub.subscribe(channel)  # its confirmation is the first of the news
+            while True:
+                with anyio.move_on_after(self._lease / 3):  # news may get lost
+                    await event.wait()
+                event.clear()
+                yield
+        finally:
+            self._news[channel].discard(event)
+            if not self._news[channel]:
+                del self._news[channel]
+                with anyio.CancelScope(shield=True), contextlib.suppress(self._errors.RedisError, OSError):
+                    await self._pubsub.unsubscribe(channel)
+
+
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name. Raises SettingsError where it cannot be used."""
+    if settings.redis_url:
+        return RedisStore(settings)
+    return SqliteStore(settings) if settings.db else MemoryStore(settings)
 
 
 def shown(text: str) -> str:
@@ -582,36 +1260,87 @@ class Delivery(NamedTuple):
 
 
 class Broker:
-    """One per task: numbers events, stores them, hands them to every subscription, holds the state."""
+    """One per task: numbers events, stores them, hands them to every subscription, holds the state.
+
+    Where another process runs the task, it follows what that one stores.
+    """
 
     def __init__(self, task: Task, state: TaskState, store: Store, settings: Settings) -> None:
         self.task, self.state, self.store, self.settings = task, state, store, settings
+        self.owned = False  # by a run of this process: nobody else writes
         self.first_event_id = 1  # of those the log keeps, when a client last subscribed
         self.version = 0  # of the state: a subscription compares it to know that it changed
-        self.ended = task.status in ENDED
         self.closing: StreamerError | None = None
+        self.notice: str | None = None
+        self.follower: anyio.CancelScope | None = None
         self.subscriptions: set[Subscription] = set()
         self.loop = asyncio.get_running_loop()
         self._beats: asyncio.TimerHandle | None = None
         self._encoded = (-1, -1, "")
         self._server_sent: tuple[Sequence[Event], str] = ((), "")
 
-    async def publish(self, drafts: Sequence[Draft], **state: Any) -> None:
-        """Stores events, then hands them over with the state they lead to; waits for no client (guarantees 3, 4, 9)."""
-        start, version = self.state.last_event_id + 1, self.version
+    @property
+    def ended(self) -> bool:
+        return self.task.status in ENDED
+
+    async def publish(
+        self, drafts: Sequence[Draft] = (), task: Task | None = None, *, again: bool = False, **values: Any
+    ) -> None:
+        """Stores events and the state they lead to, then hands both over; waits for no client (guarantees 3, 4, 9).
+
+        `again`: the task begins anew, on the same log. Raises what the store does; then nothing has changed.
+        """
+        start = self.state.last_event_id + 1
         events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
-        if events:
-            await self.store.append(self.task.id, events)
-            self.state.last_event_id += len(events)
+        state = TaskState(task_id=self.task.id) if again else self.state
+        changes: dict[str, Any] = {"last_event_id": start - 1 + len(events)}
         for draft in drafts:
             if draft.event_type is EventType.AGENT_START:
-                self._set("current_agent", draft.agent_role)
+                changes["current_agent"] = draft.agent_role
             if draft.event_type not in (EventType.TOKEN, EventType.LOG):
-                self._set("last_message", draft.message)
-        for name, value in state.items():
-            self._set(name, value)
-        if events or self.version != version:
-            self._hand_over(events, self.version != version)
+                changes["last_message"] = draft.message
+        changes |= values
+        if "progress" in changes:  # never falls while a run lasts
+            changes["progress"] = max(state.progress, round(min(changes["progress"], 1.0), 3))
+        state = replace(state, **changes)
+        if task or state != self.state:
+            await self.store.write(state, events, task)
+            self._adopt(state, events, task or self.task)
+
+    async def catch_up(self, record: Record | None = None) -> None:
+        """Hands over what another process has stored, up to `record`. Raises TaskNotFound, StoreUnavailable."""
+        place = (self.version, self.state.last_event_id)
+        task, state = record or await self.store.load(self.task.id)
+        while not self.owned and place == (self.version, self.state.last_event_id):  # or somebody has been faster
+            if self.state.last_event_id >= state.last_event_id:
+                self._adopt(replace(state, last_event_id=self.state.last_event_id), (), task)
+                return
+            events = await self.store.read(self.task.id, self.state.last_event_id, Subscription.PAGE)
+            if not events or self.owned or place != (self.version, self.state.last_event_id):
+                return
+            whole = events[0].event_id == self.state.last_event_id + 1  # else each client finds out that it lags
+            self._adopt(replace(self.state, last_event_id=events[-1].event_id), events if whole else (), self.task)
+            place = (self.version, self.state.last_event_id)
+
+    def _adopt(self, state: TaskState, events: Sequence[Event], task: Task) -> None:
+        changed = state != replace(self.state, last_event_id=state.last_event_id) or task.status != self.task.status
+        self.task, self.state = task, state
+        if changed:
+            self.version += 1
+        if events or changed:
+            self._hand_over(events, changed)
+        if self.ended:
+            self._wake()
+
+    def say(self, error: str | None) -> None:
+        """Tells the clients that the store does not answer, or does again: all that they see and is not stored."""
+        self.notice = error
+        self.version += 1
+        self._wake()
+
+    def _wake(self) -> None:
+        for subscription in self.subscriptions:
+            subscription.offer(())
 
     def _hand_over(self, events: Sequence[Event], state_changed: bool) -> None:
         frames, at, count = b"", 0.0, len(events)
@@ -628,18 +1357,12 @@ class Broker:
                     continue
             subscription.offer(events)
 
-    def _set(self, name: str, value: Any) -> None:
-        if name == "progress":  # never falls while a run lasts
-            value = max(self.state.progress, round(min(value, 1.0), 3))
-        if getattr(self.state, name) != value:
-            setattr(self.state, name, value)
-            self.version += 1
-
     def state_message(self, fresh: bool = False) -> str:
         """Encoded once for all clients; `fresh` renews the seconds it counts."""
         key = (self.version, self.state.last_event_id)
         if fresh or self._encoded[:2] != key:
-            self._encoded = (*key, envelope("state", self.state.as_dict()))
+            data = self.state.as_dict()
+            self._encoded = (*key, envelope("state", data | {"error_message": self.notice or data["error_message"]}))
         return self._encoded[2]
 
     def _beat(self) -> None:
@@ -659,17 +1382,10 @@ class Broker:
             self._server_sent = (events, text)
         return self._server_sent[1]
 
-    def end(self, reason: StreamerError | None = None) -> None:
-        """Ends every subscription once it has sent all there is (guarantee 2): normally, or with `reason`."""
-        self.ended, self.closing = True, reason
-        for subscription in self.subscriptions:
-            subscription.offer(())
-
-    def reopen(self) -> None:
-        """The task runs again, on the same log."""
-        self.task, self.ended = self.task.to(TaskStatus.PENDING), False
-        self.state = TaskState(task_id=self.task.id, last_event_id=self.state.last_event_id)
-        self.version += 1
+    def close(self, reason: StreamerError) -> None:
+        """Ends every subscription before its task has ended, once it has sent all there is."""
+        self.closing = reason
+        self._wake()
 
     def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
         subscription = Subscription(self, after, types)
@@ -841,7 +1557,7 @@ class Run:
 
     def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
         """Shows the agent as waiting for its model from now on; without arguments, that none does."""
-        self._put({"waiting": (fit(agent_role), fit(action), time.monotonic()) if agent_role else None})
+        self._put({"waiting": (fit(agent_role), fit(action), time.time()) if agent_role else None})
 
     def check_cancelled(self) -> None:
         """Raises RunCancelled once the task was cancelled, has timed out, or the server stops."""
@@ -1506,6 +2222,7 @@ class StopReason(StrEnum):
     CANCEL = "cancelled by a client"
     SHUTDOWN = "cancelled: the server is shutting down"
     TIMEOUT = "timed out"
+    STORE = "its events could not be stored"
 
 
 class Outcome(NamedTuple):
@@ -1525,6 +2242,7 @@ class ActiveRun:
         self.running = False
         self.concluding = False  # its outcome is decided: a cancel comes too late
         self.stop_reason: StopReason | None = None
+        self.store_error: StreamerError | None = None  # why an event could not be stored
         self.done = anyio.Event()
 
     def stop(self, reason: StopReason, grace: float) -> None:
@@ -1555,6 +2273,7 @@ class Supervisor:
         self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
         self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
         self._active: dict[str, ActiveRun] = {}
+        self._unsaid: dict[str, str] = {}  # why a run failed, where its end could not be stored
         self._deleting: set[str] = set()
         self._slots = anyio.Semaphore(settings.max_running)
         self._threads = anyio.CapacityLimiter(math.inf)  # the slots are the limit: an abandoned thread holds none
@@ -1565,8 +2284,9 @@ class Supervisor:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """The time the service lives; at its end every run is stopped and every client told."""
-        async with anyio.create_task_group() as self._group:
+        async with self.store.opened(self._on_store), anyio.create_task_group() as self._group:
             self._group.start_soon(self._load_engine)
+            self._group.start_soon(self._sweep)
             try:
                 yield
             finally:
@@ -1583,22 +2303,61 @@ class Supervisor:
         self._ready.set()
 
     async def close(self) -> None:
-        """Cancels the runs and tells the clients, in less than `grace` seconds."""
+        """Cancels the runs and tells the clients, in about `grace` seconds; what waits for its turn stays PENDING."""
         if self._closing:
             return
         self._closing = True
         active = list(self._active.values())
         for each in active:
             each.stop(StopReason.SHUTDOWN, 0.7 * self.settings.grace)
-        for each in active:
-            await each.done.wait()
+        with anyio.move_on_after(0.9 * self.settings.grace):  # the store may be away
+            for each in active:
+                await each.done.wait()
         for broker in self._brokers.values():
             resume = f"connect again with after={broker.state.last_event_id}"
-            broker.end(ServerClosing(f"the server is shutting down; {resume} when it is back"))
+            broker.close(ServerClosing(f"the server is shutting down; {resume} when it is back"))
         with anyio.move_on_after(0.2 * self.settings.grace):
             while self.clients:
                 self._client_left = anyio.Event()
                 await self._client_left.wait()
+
+    def _on_store(self, error: str | None) -> None:
+        logger.log(logging.INFO if error is None else logging.ERROR, "store error=%r", error)
+        for broker in self._brokers.values():
+            broker.say(error)
+
+    async def _sweep(self) -> None:
+        """Ends what other processes, or an earlier one, left unfinished (guarantee 9)."""
+        while True:
+            try:
+                sweep = await self.store.sweep()
+                for task_id in sweep.expired:
+                    await self._clear_away(task_id)
+                for task_id in sweep.lost:
+                    if active := self._active.get(task_id):
+                        active.store_error = LeaseLost("this replica's lease had run out")
+                        active.stop(StopReason.STORE, self.settings.grace)
+                for task_id in sweep.cancels:
+                    if active := self._active.get(task_id):
+                        active.stop(StopReason.CANCEL, self.settings.grace)
+                        await self.store.heard(task_id)
+                for task_id in sweep.orphans:
+                    if task_id not in self._active and not self._closing:
+                        await self._take_over(task_id)
+            except StreamerError as error:
+                logger.error("sweep error=%r", str(error))
+            except Exception:
+                logger.exception("sweep fault")
+            await self.store.pause(self.settings.lease / 3)
+
+    async def _take_over(self, task_id: str) -> None:
+        """An orphan: a run that was cut off is FAILED; what waited for its turn gets one here."""
+        reason = self._unsaid.get(task_id, "interrupted by a restart or a failure of the server that ran it")
+        if broker := await self._claim(task_id, {TaskStatus.RUNNING}):
+            await self._conclude(self._activate(broker), Outcome(error=RunFailed(reason)))
+        else:
+            with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):
+                await self.start(task_id)
 
     @property
     def engine(self) -> str:
@@ -1628,14 +2387,17 @@ class Supervisor:
         """
         self._refuse_if_closing()
         task_id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_OID, key).hex
-        if key is not None:
-            with contextlib.suppress(TaskNotFound):
-                task = await self.get(task_id)
-                if (task.input_prompt, task.title, task.options) != (prompt, title, options):
-                    raise IdempotencyConflict("this Idempotency-Key was used for a different request")
-                return task, False
         task = Task(id=task_id, title=title, input_prompt=prompt, mode=self.mode, options=options)
-        await self._save(task, TaskState(task_id=task_id))
+        try:
+            forgotten = await self.store.create(task)
+        except TaskExists:
+            task = await self.get(task_id)
+            if (task.input_prompt, task.title, task.options) != (prompt, title, options):
+                raise IdempotencyConflict("this Idempotency-Key was used for a different request") from None
+            return task, False
+        _log(task)
+        for each in forgotten:
+            await self._clear_away(each)
         return task, True
 
     async def start(self, task_id: str, restart: bool = False) -> Task:
@@ -1643,59 +2405,75 @@ class Supervisor:
 
         Raises TaskEnded, TooManyTasks.
         """
-        broker = await self._broker(task_id)
-        if task_id in self._active:
-            return broker.task
+        task = await self.get(task_id)
+        if task_id in self._active or task.status is TaskStatus.RUNNING:
+            return task
+        if task.status in ENDED and not (restart and task.status in RESTARTABLE):
+            again = "; POST …/run?restart=true runs it again" if task.status in RESTARTABLE else ""
+            raise TaskEnded(f"task {task_id} has ended ({task.status}){again}")
+        with anyio.CancelScope(shield=True):  # a claim that nobody takes up would stay
+            if broker := await self._claim(task_id, {task.status}):
+                try:
+                    self._check_room(task_id)
+                    if broker.ended:
+                        await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
+                    self._check_room(task_id)
+                except StreamerError:
+                    await self._disclaim(broker)
+                    raise
+                self._group.start_soon(self._execute, self._activate(broker))
+        return broker.task if broker else await self.get(task_id)  # somebody has started it
+
+    def _check_room(self, task_id: str) -> None:
+        self._refuse_if_closing()
         if task_id in self._deleting:
             raise TaskNotFound(f"task {task_id} not found: it is being deleted")
-        self._refuse_if_closing()
-        status = broker.task.status
-        if status in ENDED and not (restart and status in RESTARTABLE):
-            again = "; POST …/run?restart=true runs it again" if status in RESTARTABLE else ""
-            raise TaskEnded(f"task {task_id} has ended ({status}){again}")
         if len(self._active) >= self.settings.max_running + self.settings.max_waiting:
             raise TooManyTasks(f"{self.waiting} tasks wait for a slot, as many as max_waiting allows; try again later")
-        active = self._activate(broker)
-        if status in ENDED:
-            broker.reopen()
-            await self._save(broker.task, broker.state)
-        self._group.start_soon(self._execute, active)
-        return broker.task
 
     async def cancel(self, task_id: str) -> Task:
-        """Stops a task, started or not. Raises TaskEnded."""
-        broker = await self._broker(task_id)
-        active = self._active.get(task_id)
-        if broker.task.status in ENDED or (active and active.concluding):
-            raise TaskEnded(f"task {task_id} has ended ({broker.task.status}): there is nothing to cancel")
-        if active:
-            active.stop(StopReason.CANCEL, self.settings.grace)
-        else:
-            active = self._activate(broker)
-            active.stop(StopReason.CANCEL, 0)
-            await self._conclude(active, Outcome())
-        return broker.task
+        """Stops a task, started or not, wherever it runs. Raises TaskEnded."""
+        asked = False
+        while True:
+            active, task = self._active.get(task_id), await self.get(task_id)
+            if active and not active.concluding:
+                active.stop(StopReason.CANCEL, self.settings.grace)
+                return task
+            if active or task.status in ENDED:
+                if asked:
+                    return task
+                raise TaskEnded(f"task {task_id} has ended ({task.status}): there is nothing to cancel")
+            with anyio.CancelScope(shield=True):
+                if broker := await self._claim(task_id, {TaskStatus.PENDING}):
+                    active = self._activate(broker)
+                    active.stop(StopReason.CANCEL, 0)
+                    await self._conclude(active, Outcome())
+                    return broker.task
+                await self.store.cancel(task_id)
+            asked = True
 
     async def delete(self, task_id: str) -> None:
         """Stops a task, forgets it, its log and its workspace, and tells its clients."""
-        await self.get(task_id)
+        task = await self.get(task_id)
         self._deleting.add(task_id)  # no restart comes between the end of its run and this
         try:
             if active := self._active.get(task_id):
                 active.stop(StopReason.CANCEL, self.settings.grace)
                 await active.done.wait()
+            elif task.status is TaskStatus.RUNNING:
+                await self.store.cancel(task_id)
             await self.store.forget(task_id)
             await self._clear_away(task_id)
         finally:
             self._deleting.discard(task_id)
 
     async def get(self, task_id: str) -> Task:
-        broker = self._brokers.get(task_id)
-        return broker.task if broker else (await self.store.load(task_id))[0]
+        active = self._active.get(task_id)
+        return active.broker.task if active else (await self.store.load(task_id))[0]
 
     async def state(self, task_id: str) -> TaskState:
-        broker = self._brokers.get(task_id)
-        return broker.state if broker else (await self.store.load(task_id))[1]
+        active = self._active.get(task_id)
+        return active.broker.state if active else (await self.store.load(task_id))[1]
 
     @contextlib.asynccontextmanager
     async def watch(
@@ -1705,14 +2483,16 @@ class Supervisor:
         self._refuse_if_closing()
         if self.clients >= self.settings.max_sockets:
             raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
-        broker = await self._broker(task_id)
-        first = await self.store.first_event_id(task_id)
-        broker = self._brokers.setdefault(task_id, broker)
+        record, first = await self.store.load(task_id), await self.store.first_event_id(task_id)
+        broker = self._broker(*record)
         broker.first_event_id = first
         subscription = broker.subscribe(after, types)
         self.clients += 1
         self.counters["clients"] += 1
         try:
+            if not broker.owned:
+                await broker.catch_up()  # with what happened since it was loaded
+                self._follow(broker)
             yield subscription
         except SlowClient:
             self.counters["slow_clients"] += 1
@@ -1728,32 +2508,67 @@ class Supervisor:
         if self._closing:
             raise ServerClosing("the server is shutting down; try again when it is back")
 
-    async def _broker(self, task_id: str) -> Broker:
-        """The task's broker; a caller that keeps a new one puts it into `_brokers` before it awaits anything."""
-        if task_id in self._brokers:
-            return self._brokers[task_id]
-        task, state = await self.store.load(task_id)
-        return self._brokers.get(task_id) or Broker(task, state, self.store, self.settings)
+    def _broker(self, task: Task, state: TaskState) -> Broker:
+        """The task's one broker; whoever asks sees to it that it is released."""
+        broker = self._brokers.get(task.id)
+        if broker is None or broker.closing:
+            broker = self._brokers[task.id] = Broker(task, state, self.store, self.settings)
+        return broker
+
+    async def _claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Broker | None:
+        """The broker of a task that is this process's to run; None where its status is another, or somebody has it."""
+        if (record := await self.store.claim(task_id, statuses)) is None:
+            return None
+        broker = self._broker(*record)
+        try:
+            await broker.catch_up(record)
+        except StreamerError:
+            await self._disclaim(broker)
+            raise
+        return broker
+
+    async def _disclaim(self, broker: Broker) -> None:
+        with contextlib.suppress(StreamerError):  # it runs out by itself
+            await self.store.release(broker.task.id)
+        self._release(broker)
 
     def _activate(self, broker: Broker) -> ActiveRun:
         active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets))
         self._active[broker.task.id] = active
-        self._brokers[broker.task.id] = broker
+        self._unsaid.pop(broker.task.id, None)
+        broker.owned = True
         return active
+
+    def _follow(self, broker: Broker) -> None:
+        """Follows what another process writes, while anybody watches and it is not this one that does."""
+        if broker.follower is None and broker.subscriptions and not broker.ended:
+            broker.follower = anyio.CancelScope()
+            self._group.start_soon(self._following, broker, broker.follower)
+
+    async def _following(self, broker: Broker, scope: anyio.CancelScope) -> None:
+        try:
+            with scope:
+                async with contextlib.aclosing(self.store.changes(broker.task.id)) as changes:
+                    async for _ in changes:
+                        if broker.owned or broker.ended or broker.closing:
+                            return
+                        with contextlib.suppress(StoreUnavailable):  # it comes back, or its lease runs out
+                            await broker.catch_up()
+        except TaskNotFound:
+            await self._clear_away(broker.task.id)
+        finally:
+            broker.follower = None
 
     def _release(self, broker: Broker) -> None:
         task_id = broker.task.id
         if not broker.subscriptions and task_id not in self._active and self._brokers.get(task_id) is broker:
             del self._brokers[task_id]
-
-    async def _save(self, task: Task, state: TaskState) -> None:
-        logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
-        for forgotten in await self.store.save(task, state):
-            await self._clear_away(forgotten)
+            if broker.follower:
+                broker.follower.cancel()
 
     async def _clear_away(self, task_id: str) -> None:
         if broker := self._brokers.pop(task_id, None):
-            broker.end(TaskNotFound(f"task {task_id} not found: it was deleted"))
+            broker.close(TaskNotFound(f"task {task_id} not found: it was deleted"))
         folder = self.settings.workspace / task_id
         await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
 
@@ -1762,7 +2577,10 @@ class Supervisor:
     async def _execute(self, active: ActiveRun) -> None:
         try:
             await self._live(active)
-        except Exception:  # a fault in this program or in the store, at one task: the others go on
+        except StreamerError as error:
+            active.store_error = error
+            await self._leave(active)
+        except Exception:  # a fault in this program, at one task: the others go on
             logger.exception("task id=%s fault", active.run.task_id)
             await self._conclude(active, Outcome(error=RunFailed("the server failed; its log says why")))
 
@@ -1770,11 +2588,14 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as slot:
             with active.scope:
                 if not self._ready.is_set():
-                    await active.broker.publish((), last_message="loading MetaGPT")
+                    await active.broker.publish(last_message="loading MetaGPT")
                     await self._ready.wait()
                 if not self._slots.value:
-                    await active.broker.publish((), last_message="waiting for a free slot (max_running)")
+                    await active.broker.publish(last_message="waiting for a free slot (max_running)")
                 await slot.enter_async_context(self._slots)
+            if active.stop_reason in (StopReason.SHUTDOWN, StopReason.STORE):  # it has not begun
+                await self._leave(active)
+                return
             outcome = Outcome(error=RunFailed(self.engine_error)) if self.engine_error else Outcome()
             if not active.stop_reason and not self.engine_error:
                 outcome = await self._run(active)
@@ -1784,10 +2605,9 @@ class Supervisor:
         """Runs the runner in a worker thread, and publishes what it reports, to the last of it."""
         broker, run = active.broker, active.run
         active.running, active.scope = True, anyio.CancelScope()
-        broker.task = broker.task.to(TaskStatus.RUNNING)
-        draft = run.draft(EventType.TASK_START, {"message": broker.task.title, "mode": self.mode})
-        await self._publish(broker, [draft], status=TaskStatus.RUNNING, started_at=draft.timestamp)
-        await self._save(broker.task, broker.state)
+        task = replace(broker.task.to(TaskStatus.RUNNING), mode=self.mode)
+        draft = run.draft(EventType.TASK_START, {"message": task.title, "mode": self.mode})
+        await self._publish(broker, [draft], task, status=task.status, started_at=draft.timestamp)
         outcome = Outcome(abandoned=True)
         async with anyio.create_task_group() as group:
             group.start_soon(self._pump, active)
@@ -1807,18 +2627,23 @@ class Supervisor:
     async def _pump(self, active: ActiveRun) -> None:
         while reports := await active.run.take():
             drafts: list[Draft] = []
-            for report in reports:
+            for report in [*reports, {}]:
                 if isinstance(report, Draft):
                     drafts.append(report)
-                else:
-                    await self._publish(active.broker, drafts, **report)
+                elif not active.store_error:
+                    try:
+                        await self._publish(active.broker, drafts, **report)
+                    except StreamerError as error:  # the run cannot be told of any further
+                        active.store_error = error
+                        active.stop(StopReason.STORE, self.settings.grace)
                     drafts = []
-            await self._publish(active.broker, drafts)
             await anyio.lowlevel.checkpoint()  # others get a turn
 
-    async def _publish(self, broker: Broker, drafts: Sequence[Draft], **state: Any) -> None:
+    async def _publish(self, broker: Broker, drafts: Sequence[Draft], task: Task | None = None, **values: Any) -> None:
+        await broker.publish(drafts, task, **values)
         self.counters["events"] += len(drafts)
-        await broker.publish(drafts, **state)
+        if task:
+            _log(task)
 
     async def _conclude(self, active: ActiveRun, outcome: Outcome) -> None:
         """Decides the outcome, once, and publishes the terminal event and state (guarantees 2, 6, 7)."""
@@ -1839,18 +2664,40 @@ class Supervisor:
         message = drafts[-1].message
         if status is TaskStatus.FAILED:
             state["error_message"] = message
-        broker.task = broker.task.to(status, message)
-        await self._publish(broker, drafts, **state)
-        await self._save(broker.task, broker.state)
-        del self._active[broker.task.id]
-        broker.end()
+        try:
+            await self._publish(broker, drafts, broker.task.to(status, message), **state)
+        except StreamerError as error:
+            active.store_error = error
+            self._unsaid[broker.task.id] = message
+            await self._leave(active)
+        else:
+            self._finish(active)
+
+    def _finish(self, active: ActiveRun) -> None:
+        active.broker.owned = False
+        del self._active[active.run.task_id]
         active.done.set()
-        self._release(broker)
+        self._release(active.broker)
+
+    async def _leave(self, active: ActiveRun) -> None:
+        """Ends this process's part in a task whose end is not stored: the log tells it, once it can be written."""
+        broker = active.broker
+        with contextlib.suppress(StreamerError):
+            await self.store.release(broker.task.id)
+        self._finish(active)
+        if isinstance(active.store_error, LeaseLost | TaskNotFound):
+            self._unsaid.pop(broker.task.id, None)  # it is somebody else's to say
+            self._follow(broker)
+        elif active.store_error:
+            resume = f"connect again with after={broker.state.last_event_id}"
+            broker.close(StoreUnavailable(f"the run was stopped: {active.store_error}; {resume}"))
 
     def _verdict(self, active: ActiveRun, outcome: Outcome) -> tuple[TaskStatus, EventType, str]:
         error = outcome.error
         if active.stop_reason is StopReason.TIMEOUT:
             error = RunFailed(f"timed out after {active.run.options['timeout']:g} s (options.timeout)")
+        elif active.stop_reason is StopReason.STORE:
+            error = RunFailed(f"the run was stopped: {active.store_error or active.stop_reason.value}")
         elif active.stop_reason is not None:
             return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, active.stop_reason.value
         elif error is None and not isinstance(outcome.result, Mapping | None):
@@ -1860,6 +2707,10 @@ class Supervisor:
         reason = said(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {said(error)}"
         logger.error("task id=%s failed=%s", active.run.task_id, ascii(active.run.redact(reason)))
         return TaskStatus.FAILED, EventType.TASK_ERROR, reason
+
+
+def _log(task: Task) -> None:
+    logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
 
 
 def _guarded(call: Callable[..., Any], *args: Any) -> Outcome:
@@ -2055,10 +2906,13 @@ def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
 
 async def get_health(request: Request) -> Response:
     supervisor = _supervisor(request)
-    status = {"status": "error" if supervisor.engine_error else "ok", "mode": supervisor.mode}
+    tasks: Mapping[TaskStatus, int] = {}
+    with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):  # it may be away
+        tasks = await supervisor.store.count()
+    fault = supervisor.engine_error or supervisor.store.error
+    status = {"status": "error" if fault else "ok", "mode": supervisor.mode, "store": supervisor.store.error or "ok"}
     load = {name: getattr(supervisor, name) for name in ("engine", "running", "waiting", "clients", "abandoned")}
-    body = {**status, **load, "tasks": dict(await supervisor.store.count())}
-    return JSONResponse(body, 503 if supervisor.engine_error else 200)
+    return JSONResponse({**status, **load, "tasks": dict(tasks)}, 503 if fault else 200)
 
 
 async def get_metrics(request: Request) -> Response:
@@ -2279,7 +3133,7 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
     """An ordinary ASGI application.
 
     Settings come from the environment by default, the runner is MetaGPT or in test mode the scripted
-    team, the store is in memory. Raises SettingsError, also where MetaGPT has no model.
+    team, the store what the settings say. Raises SettingsError, also where MetaGPT has no model.
     """
     settings = settings or Settings.from_environ()
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
@@ -2287,8 +3141,10 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
     if runner is run_metagpt:
         model_config(os.environ)
         warm_up = partial(load_metagpt, settings.workspace)
-    store = store or MemoryStore(settings)
-    supervisor = Supervisor(settings, store, runner, warm_up, known_secrets(os.environ))
+    store = store or open_store(settings)
+    password = urlsplit(settings.redis_url).password or ""
+    secrets = known_secrets({**os.environ, "redis_password": password, "redis_raw_password": unquote(password)})
+    supervisor = Supervisor(settings, store, runner, warm_up, secrets)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -2427,7 +3283,8 @@ def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     parser.add_argument("command", nargs="?", choices=["serve", "run"], default="serve", help="default: serve")
     parser.add_argument("prompt", nargs="?", help="what to build, for run")
     for item in fields(Settings):
-        flag, text = f"--{item.name.replace('_', '-')}", f"{item.metadata['help']} ({item.default})"
+        flag = f"--{item.name.replace('_', '-')}"
+        text = f"{item.metadata['help']} ({'none' if item.default == '' else item.default})"
         if item.default is False:
             parser.add_argument(flag, nargs="?", const="true", metavar="BOOL", help=text)
         else:

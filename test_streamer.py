@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -33,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ import anyio
 import anyio.lowlevel
 import httpx2
 import pytest
+import redis
 import uvicorn
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -528,7 +530,7 @@ def test_transitions_outside_the_table_raise() -> None:
 
 
 # -----------------------------------------------------------------------------
-# Store and broker
+# Stores: one contract
 # -----------------------------------------------------------------------------
 
 
@@ -536,12 +538,217 @@ def draft(number: int, kind: EventType = EventType.LOG) -> streamer.Draft:
     return streamer.Draft(kind, None, streamer.now(), f"m{number}", f'{{"message":"m{number}"}}')
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class RedisServer:
+    """A real `redis-server` that can be killed, stopped, and started again on the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        with loopback() as bound:
+            self.port = bound.getsockname()[1]
+        self.folder, self.url = folder, f"redis://127.0.0.1:{self.port}"
+        self.popen: subprocess.Popen[bytes]
+
+    def start(self, *options: str) -> None:
+        durable = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        command = [needs("redis-server"), "--port", str(self.port), "--dir", str(self.folder), *durable, *options]
+        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            if b"Ready to accept connections" in line:
+                break
+        self._reader = threading.Thread(target=self.popen.stdout.read)
+        self._reader.start()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        self._reader.join()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+
+    def __call__(self, *command: str) -> Any:
+        with redis.Redis(port=self.port, decode_responses=True) as client:
+            return client.execute_command(*command)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+STORES = ("memory", "sqlite", "redis")
+
+
+@pytest.fixture(params=STORES)
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """The settings of each store in turn."""
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        server("FLUSHALL")
+        return {"redis_url": server.url, "lease": 1.0}
+    return {"db": str(tmp_path / "streamer.db")} if request.param == "sqlite" else {}
+
+
+@contextlib.asynccontextmanager
+async def opened(**settings: Any) -> AsyncIterator[Any]:
+    store = streamer.open_store(Settings(**settings))
+    async with store.opened(lambda error: None):
+        yield store
+
+
+def named(task_id: str, status: TaskStatus = TaskStatus.PENDING) -> streamer.Task:
+    return streamer.Task(
+        id=task_id, title="t", input_prompt="日本 \x00 p", mode="test", options={"a": 1}, status=status
+    )
+
+
+def numbered(first: int, count: int, task_id: str = "a") -> list[streamer.Event]:
+    return [draft(number).numbered(number, task_id) for number in range(first, first + count)]
+
+
+async def finish(store: Any, task_id: str, status: TaskStatus = TaskStatus.CANCELLED) -> None:
+    record = await store.claim(task_id, set(TaskStatus))
+    assert record is not None
+    task, state = record
+    await store.write(dataclasses.replace(state, status=status), (), dataclasses.replace(task, status=status))
+
+
+@pytest.mark.anyio
+async def test_store_keeps_what_is_written(stored: dict[str, Any]) -> None:
+    """Tasks, states and events come back equal, to the byte."""
+    async with opened(**stored) as store:
+        assert await store.create(named("a")) == []
+        with pytest.raises(streamer.TaskExists):
+            await store.create(named("a"))
+        task, state = await store.load("a")
+        assert (task.input_prompt, task.options, state) == ("日本 \x00 p", {"a": 1}, streamer.TaskState(task_id="a"))
+        assert (await store.read("a", 0, 10), await store.first_event_id("a")) == ([], 1)
+        assert await store.claim("a", {TaskStatus.RUNNING}) is None
+        assert await store.claim("a", {TaskStatus.PENDING}) is not None
+        assert await store.claim("a", {TaskStatus.PENDING}) is None
+        waiting = ("Engineer", "WriteCode", 1.5)
+        running = dataclasses.replace(state, status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5)
+        events = numbered(1, 3)
+        await store.write(running, events, task.to(TaskStatus.RUNNING))
+        assert (await store.load("a"))[1] == running
+        assert (await store.load("a"))[0].status is TaskStatus.RUNNING
+        assert list(await store.read("a", 1, 1)) == events[1:2]
+        assert list(await store.read("a", 0, 9)) == events
+        await store.write(dataclasses.replace(running, last_event_id=4), numbered(4, 1))
+        assert [event.event_id for event in await store.read("a", 2, 9)] == [3, 4]
+        await store.forget("a")
+        with pytest.raises(streamer.TaskNotFound):
+            await store.load("a")
+        assert list(await store.read("a", 0, 9)) == []
+        with pytest.raises((streamer.LeaseLost, streamer.TaskNotFound)):
+            await store.write(running, numbered(5, 1))
+        assert await store.page(None, 0, 10) == ([], 0)
+
+
+@pytest.mark.anyio
+async def test_store_writes_for_the_claimant_only(stored: dict[str, Any]) -> None:
+    async with opened(**stored) as store:
+        await store.create(named("a"))
+        state = streamer.TaskState(task_id="a", last_event_id=1)
+        with pytest.raises(streamer.LeaseLost):
+            await store.write(state, numbered(1, 1))
+        await store.claim("a", {TaskStatus.PENDING})
+        await store.release("a")
+        with pytest.raises(streamer.LeaseLost):
+            await store.write(state, numbered(1, 1))
+        assert list(await store.read("a", 0, 9)) == []
+        await finish(store, "a")
+        with pytest.raises(streamer.LeaseLost):
+            await store.write(state, numbered(1, 1))
+
+
+@pytest.mark.anyio
+async def test_store_drops_the_oldest_events(stored: dict[str, Any]) -> None:
+    """Beyond max_events; the numbers go on, and a reader that lags begins at the oldest kept."""
+    async with opened(max_events=10, **stored) as store:
+        await store.create(named("a"))
+        await store.claim("a", {TaskStatus.PENDING})
+        for batch in range(10):
+            state = streamer.TaskState(task_id="a", last_event_id=7 * batch + 7)
+            await store.write(state, numbered(7 * batch + 1, 7))
+        assert [event.event_id for event in await store.read("a", 0, 100)] == list(range(61, 71))
+        assert await store.first_event_id("a") == 61
+
+
+@pytest.mark.anyio
+async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> None:
+    """Beyond max_tasks the oldest ended tasks go; tasks that have not ended never do."""
+    async with opened(max_tasks=2, **stored) as store:
+        await store.create(named("a"))
+        await store.create(named("b"))
+        with pytest.raises(streamer.TooManyTasks):
+            await store.create(named("c"))
+        await finish(store, "a")
+        assert await store.create(named("c")) == ["a"]
+        assert [each.id for each in (await store.page(None, 0, 10))[0]] == ["c", "b"]
+        await finish(store, "b", TaskStatus.FAILED)
+        assert [each.id for each in (await store.page(TaskStatus.FAILED, 0, 10))[0]] == ["b"]
+        assert await store.page(None, 1, 1) == ([(await store.load("b"))[0]], 2)
+        assert await store.count() == {TaskStatus.PENDING: 1, TaskStatus.FAILED: 1}
+
+
+async def run(store: Any, task_id: str) -> None:
+    record = await store.claim(task_id, {TaskStatus.PENDING})
+    assert record is not None
+    running = dataclasses.replace(record[1], status=TaskStatus.RUNNING, last_event_id=1)
+    await store.write(running, numbered(1, 1, task_id), record[0].to(TaskStatus.RUNNING))
+
+
+@pytest.mark.anyio
+async def test_store_sweep_finds_orphans(stored: dict[str, Any]) -> None:
+    """A run that nobody has a claim to any more can be taken over."""
+    async with opened(**stored) as store:
+        for name in "ab":
+            await store.create(named(name))
+        await run(store, "a")
+        assert not any(await store.sweep())
+        await store.release("a")
+        assert list((await store.sweep()).orphans) == ["a"]
+        assert await store.claim("a", {TaskStatus.RUNNING}) is not None
+        assert not any(await store.sweep())
+
+
+@pytest.mark.anyio
+async def test_store_forgets_what_is_old(stored: dict[str, Any]) -> None:
+    """What nothing was written to for max_age goes, but never a run."""
+    async with opened(max_age=1, **stored) as store:
+        for name in "ab":
+            await store.create(named(name))
+        await run(store, "a")
+        with anyio.fail_after(TIMEOUT):
+            while list((await store.sweep()).expired) != ["b"]:
+                await store.pause(0.1)
+        assert await store.count() == {TaskStatus.RUNNING: 1}
+        assert len(await store.read("a", 0, 9)) == 1
+
+
+# -----------------------------------------------------------------------------
+# Broker
+# -----------------------------------------------------------------------------
+
+
 async def new_broker(**settings: Any) -> streamer.Broker:
     chosen = Settings(**settings)
     store = streamer.MemoryStore(chosen)
-    state = streamer.TaskState(task_id="t")
-    await store.save(task(), state)
-    return streamer.Broker(task(), state, store, chosen)
+    await store.create(task())
+    await store.claim("t", set(TaskStatus))
+    return streamer.Broker(*await store.load("t"), store, chosen)
+
+
+async def end(broker: streamer.Broker, status: TaskStatus = TaskStatus.FAILED) -> None:
+    await broker.publish(task=dataclasses.replace(broker.task, status=status), status=status)
 
 
 async def collect(subscription: streamer.Subscription) -> list[int]:
@@ -552,11 +759,6 @@ async def collect(subscription: streamer.Subscription) -> list[int]:
     finally:
         subscription.close()
     return found
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.mark.anyio
@@ -575,7 +777,7 @@ async def test_broker_replay_meets_live_without_a_seam(buffer: int) -> None:
             for number in range(7):
                 await broker.publish([draft(number)])
             await anyio.lowlevel.checkpoint()
-        broker.end()
+        await end(broker)
     assert found == {after: list(range(after + 1, 71)) for after in range(0, 70, 7)}
 
 
@@ -587,7 +789,7 @@ async def test_broker_feeds_a_slow_client_from_the_log() -> None:
     for number in range(1000):
         await broker.publish([draft(number)])
     assert slow._receive.statistics().current_buffer_used <= 5
-    broker.end()
+    await end(broker)
     assert await collect(slow) == list(range(1, 1001))
 
 
@@ -608,8 +810,8 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     broker = await new_broker()
     subscription = broker.subscribe()
     await broker.publish([draft(1, EventType.AGENT_START)], progress=0.5)
-    await broker.publish([draft(2, EventType.TASK_COMPLETE)], status=TaskStatus.SUCCEEDED, progress=0.2)
-    broker.end()
+    await broker.publish([draft(2, EventType.TASK_COMPLETE)], progress=0.2)
+    await end(broker, TaskStatus.SUCCEEDED)
     seen = []
     async for events, state in subscription:
         seen += [event.event_type.value for event in events]
@@ -617,21 +819,6 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     subscription.close()
     assert seen == ["SUCCEEDED", "AGENT_START", "TASK_COMPLETE", "SUCCEEDED"]
     assert broker.state.progress == 0.5
-
-
-@pytest.mark.anyio
-async def test_store_forgets_the_oldest_ended_tasks() -> None:
-    """Beyond max_tasks the oldest ended tasks go; tasks that have not ended never do."""
-    store = streamer.MemoryStore(Settings(max_tasks=2))
-    state = streamer.TaskState(task_id="x")
-    records = [streamer.Task(id=name, title=name, input_prompt="p", mode="test", options={}) for name in "abcd"]
-    await store.save(records[0], state)
-    await store.save(records[1], state)
-    with pytest.raises(streamer.TooManyTasks):
-        await store.save(records[2], state)
-    await store.save(records[0].to(TaskStatus.CANCELLED), state)
-    assert await store.save(records[2], state) == ["a"]
-    assert [each.id for each in (await store.page(None, 0, 10))[0]] == ["c", "b"]
 
 
 @pytest.mark.anyio
@@ -839,8 +1026,10 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         assert record.last_state["status"] == "SUCCEEDED", record.last_state
         foreign = [f"[mark={other}]" for other in marks if other != mark]
         texts = [json.dumps(record.messages), *model.requests[mark]]
-        texts += [client.http.get(f"/api/tasks/{task_id}/artifacts/{file['path']}").text
-                  for file in client.get(f"/api/tasks/{task_id}/artifacts")]
+        texts += [
+            client.http.get(f"/api/tasks/{task_id}/artifacts/{file['path']}").text
+            for file in client.get(f"/api/tasks/{task_id}/artifacts")
+        ]
         assert not [(name, text[:80]) for name in foreign for text in texts if name in text]
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
         used, cost = model.usage[mark], record.last_state["cost"]
@@ -1217,7 +1406,7 @@ async def test_deleted_task_ends_a_client_amid_its_replay() -> None:
     await anext(deliveries)
     await anext(deliveries)
     await broker.store.forget("t")
-    broker.end(streamer.TaskNotFound("deleted"))
+    broker.close(streamer.TaskNotFound("deleted"))
     with pytest.raises(streamer.TaskNotFound):
         await anext(deliveries)
     await deliveries.aclose()
@@ -1520,8 +1709,7 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
                     kinds = [EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG for number in batch]
                     published.extend(batch)
                     await broker.publish([draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
-        await broker.publish([], status=TaskStatus.SUCCEEDED)
-        broker.end()
+        await end(broker)
     assert checked == clients
     assert broker.subscriptions == set()
 
