@@ -1486,17 +1486,22 @@ class Subscription:
         return ()
 
     async def _logged(self) -> Sequence[Event]:
-        if self.cursor >= self.broker.state.last_event_id:
-            return ()
-        await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
-        events = await self.broker.store.read(self.broker.task.id, self.cursor, self.PAGE)
-        if not events:
-            raise self.broker.closing or TaskNotFound(f"task {self.broker.task.id} not found: it was deleted")
-        if events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
-            lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
-            raise SlowClient(f"{lost}; connect again with after={self.cursor}")
-        self._replaying = True
-        return events
+        """From the log, up to what the broker has handed over: what is stored beyond that is on its way."""
+        broker = self.broker
+        while self.cursor < broker.state.last_event_id:
+            await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
+            events = await broker.store.read(broker.task.id, self.cursor, self.PAGE)
+            if not events:
+                raise broker.closing or TaskNotFound(f"task {broker.task.id} not found: it was deleted")
+            if events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
+                lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
+                raise SlowClient(f"{lost}; connect again with after={self.cursor}")
+            if (beyond := events[-1].event_id - broker.state.last_event_id) > 0:
+                events = events[: max(0, len(events) - beyond)]
+            if events:
+                self._replaying = True
+                return events
+        return ()
 
 
 # -----------------------------------------------------------------------------

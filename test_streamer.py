@@ -23,10 +23,12 @@ import math
 import os
 import random
 import re
+import resource
 import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -732,6 +734,299 @@ async def test_store_forgets_what_is_old(stored: dict[str, Any]) -> None:
                 await store.pause(0.1)
         assert await store.count() == {TaskStatus.RUNNING: 1}
         assert len(await store.read("a", 0, 9)) == 1
+
+
+# -----------------------------------------------------------------------------
+# Durability: SQLite
+# -----------------------------------------------------------------------------
+
+# A server whose runner emits at full speed, or step by step, until it is stopped.
+BUSY = """
+import logging, sys, streamer
+logging.basicConfig(level=logging.INFO)
+def runner(run):
+    pause = float(run.prompt)
+    number = 0
+    while number < 1_000_000:
+        run.emit("TOKEN", {"message": f"token {number} "}, "Engineer")
+        run.update(progress=number / 1_000_000)
+        number += 1
+        if pause:
+            run.wait(pause)
+        run.check_cancelled()
+settings = streamer.Settings.from_environ()
+streamer.serve(streamer.create_app(settings, runner=runner), settings)
+"""
+
+
+@contextlib.contextmanager
+def busy(folder: Path, **settings: Any) -> Iterator[Process]:
+    chosen = {"port": 0, "test_mode": "true", "grace": 1, **settings}
+    environ = {f"STREAMER_{name.upper()}": str(value) for name, value in chosen.items()}
+    with process("-c", BUSY, cwd=folder, environ=environ) as server:
+        yield server
+
+
+class Witness:
+    """A client that writes down every event it sees, until its connection ends."""
+
+    def __init__(self, client: Client, task_id: str, query: str = "") -> None:
+        self.task_id = task_id
+        self.messages: list[dict[str, Any]] = []
+        self.close_code: int | None = None
+        self.seen = threading.Event()  # an event came
+        connected = threading.Event()
+
+        def read() -> None:
+            with client.socket(task_id, query) as websocket:
+                with contextlib.suppress(ConnectionClosed):
+                    for text in websocket:
+                        self.messages.append(json.loads(text))
+                        connected.set()
+                        if self.messages[-1]["type"] == "event":
+                            self.seen.set()
+                self.close_code = websocket.close_code
+
+        self._thread = threading.Thread(target=read)
+        self._thread.start()
+        assert connected.wait(TIMEOUT)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [message["data"] for message in self.messages if message["type"] == "event"]
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        return [message["data"] for message in self.messages if message["type"] == "state"]
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first state that fits, waited for."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            for state in self.states:
+                if wanted(state):
+                    return state
+            time.sleep(0.01)
+        raise AssertionError(self.messages[-3:])
+
+    def join(self) -> list[dict[str, Any]]:
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), self.messages[-3:]
+        return self.events
+
+
+def whole_log(client: Client, task_id: str, after: int = 0) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    while True:
+        page = client.get(f"/api/tasks/{task_id}/events?after={after}")
+        events += page["events"]
+        after = page["last_event_id"]
+        if not page["has_more"]:
+            return events
+
+
+def settled(client: Client, task_id: str) -> dict[str, Any]:
+    """The task, once it has ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while (task := client.get(f"/api/tasks/{task_id}"))["status"] in ("PENDING", "RUNNING"):
+        assert time.monotonic() < deadline, task
+        time.sleep(0.02)
+    return dict(task)
+
+
+def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
+    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs again on its log."""
+    chance = random.Random(5)
+    waiting: str | None = None
+    before: list[Witness] = []
+    for _ in range(31):
+        with busy(tmp_path, db="streamer.db", max_running=3, max_events=10**7) as server:
+            client = server.client
+            for witness in before:
+                task, log = settled(client, witness.task_id), whole_log(client, witness.task_id)
+                assert task["status"] == "FAILED"
+                assert "interrupted by a restart" in task["result_summary"]
+                assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
+                assert witness.events == log[: len(witness.events)]
+                assert [event["event_id"] for event in log if event["event_type"] in TERMINAL] == [len(log)]
+            if waiting:
+                assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"
+            tasks = [client.create(pause) for pause in ("0", "0", "0.001", "0")]
+            waiting = tasks.pop()
+            before = [Witness(client, task_id) for task_id in tasks for _ in range(2)]
+            for witness in before[::2]:
+                assert witness.seen.wait(TIMEOUT)
+            assert client.post(f"/api/tasks/{waiting}/run").status_code == 202
+            time.sleep(chance.random() * 0.2)
+            server.stop(signal.SIGKILL)
+            for witness in before:
+                witness.join()
+    assert sum(len(witness.events) for witness in before) > 100
+
+
+def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> None:
+    """Finished tasks replay and page as before; a cut-off run goes on in the same log; by hand, sqlite3 reads it."""
+    with busy(tmp_path, db="streamer.db") as server:
+        done = server.client.create("0.001")
+        with server.client.socket(done) as websocket:
+            receive_until(websocket, is_event("TOKEN"))
+            server.client.post(f"/api/tasks/{done}/cancel")
+            Record(websocket)
+        record = server.client.watch(done)
+        paged, task = whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")
+        cut = server.client.create("0.001")
+        witness = Witness(server.client, cut)
+        assert witness.seen.wait(TIMEOUT)
+        rows = sqlite3.connect(f"file:{tmp_path}/streamer.db?mode=ro", uri=True).execute(
+            "SELECT json_extract(data, '$.payload.message') FROM events WHERE task_id = ? AND event_type = 'TOKEN'",
+            (done,),
+        )
+        assert rows.fetchone() == ("token 0 ",)
+        server.stop(signal.SIGKILL)
+        witness.join()
+    with busy(tmp_path, db="streamer.db") as server:
+        assert server.client.watch(done).messages == record.messages
+        assert (whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")) == (paged, task)
+        settled(server.client, cut)
+        assert server.client.post(f"/api/tasks/{cut}/run").status_code == 409
+        assert server.client.post(f"/api/tasks/{cut}/run?restart=true").status_code == 202
+        with server.client.socket(cut, f"after={witness.events[-1]['event_id']}") as websocket:
+            receive_until(websocket, is_event("TASK_START"))
+            server.client.post(f"/api/tasks/{cut}/cancel")
+            Record(websocket)
+        log = whole_log(server.client, cut)
+        assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
+        ends = [event["event_type"] for event in log if event["event_type"] in ("TASK_START", *TERMINAL)]
+        assert ends == ["TASK_START", "TASK_ERROR", "TASK_START", "TASK_CANCELLED"]
+
+
+def test_shutdown_leaves_waiting_tasks_pending(tmp_path: Path) -> None:
+    """A stop that is no kill: what ran is CANCELLED, what waited for its turn still waits, its client is told."""
+    with busy(tmp_path, db="streamer.db", max_running=1) as server:
+        tasks = [server.client.create("0.01") for _ in range(2)]
+        witnesses = [Witness(server.client, tasks[0])]
+        witnesses[0].until(lambda state: state["status"] == "RUNNING")
+        witnesses.append(Witness(server.client, tasks[1]))
+        witnesses[1].until(lambda state: "waiting for a free slot" in (state["last_message"] or ""))
+        server.stop()
+        for witness in witnesses:
+            witness.join()
+        assert [witness.close_code for witness in witnesses] == [1000, 1001]
+    with busy(tmp_path, db="streamer.db") as server:
+        assert [server.client.get(f"/api/tasks/{each}")["status"] for each in tasks] == ["CANCELLED", "PENDING"]
+
+
+def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
+    """The log cannot be written: the client hears why, nothing succeeds; once there is room, the log says so too."""
+    with busy(tmp_path, db="streamer.db", lease=1) as server:
+        task_id = server.client.create("0.001")
+        witness = Witness(server.client, task_id)
+        assert witness.seen.wait(TIMEOUT)
+        size = max(path.stat().st_size for path in tmp_path.glob("streamer.db*"))
+        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size + 4096, resource.RLIM_INFINITY))
+        seen = witness.join()
+        error = witness.messages[-1]
+        assert error["type"] == "error"
+        assert "the run was stopped: the log in streamer.db cannot be used: " in error["data"]["message"]
+        assert witness.close_code == 1013
+        health = server.client.http.get("/healthz")
+        assert (health.status_code, health.json()["status"]) == (503, "error")
+        refused = server.client.http.post("/api/tasks", json={"input_prompt": "0"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert server.client.get(f"/api/tasks/{task_id}")["status"] == "RUNNING"
+        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        task, log = settled(server.client, task_id), whole_log(server.client, task_id)
+        assert task["status"] == "FAILED"
+        assert "the run was stopped: the log in streamer.db cannot be used" in task["result_summary"]
+        assert log[: len(seen)] == seen
+        assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
+        assert server.client.http.get("/healthz").status_code == 200
+
+
+def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
+    """A shell's lock holds the log back; one that lasts longer than the lease ends the run, and says so."""
+    with busy(tmp_path, db="streamer.db", lease=1) as server:
+        tasks = [server.client.create("0.001") for _ in range(2)]
+        with contextlib.closing(sqlite3.connect(tmp_path / "streamer.db", isolation_level=None)) as shell:
+            for task_id, patience in zip(tasks, (0.3, TIMEOUT), strict=True):
+                witness = Witness(server.client, task_id)
+                assert witness.seen.wait(TIMEOUT)
+                shell.execute("BEGIN IMMEDIATE")
+                witness._thread.join(patience)
+                shell.execute("ROLLBACK")
+                if patience < 1:
+                    count = len(witness.events)
+                    deadline = time.monotonic() + TIMEOUT
+                    while len(witness.events) <= count:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.01)
+                    server.client.post(f"/api/tasks/{task_id}/cancel")
+                    witness.join()
+                    assert witness.close_code == 1000
+                else:
+                    assert "database is locked" in witness.messages[-1]["data"]["message"]
+                    assert settled(server.client, task_id)["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_bytes(b"no database" * 1000), "file is not a database; it is another kind of file"),
+        (lambda path: path.mkdir(), "unable to open database file; its folder must exist and be writable"),
+        (lambda path: sqlite3.connect(path).executescript("PRAGMA user_version = 7"), "schema version 7, and this"),
+        (lambda path: path.with_name("gone").mkdir(), None),
+    ],
+)
+def test_file_that_is_no_database_exits_2(tmp_path: Path, spoil: Callable[[Path], Any], says: str | None) -> None:
+    spoil(tmp_path / "some.db")
+    name = "some.db" if says else "nowhere/some.db"
+    with process(SERVER, "--test-mode", "--port", "0", "--db", name, cwd=tmp_path) as server:
+        assert server.wait() == 2
+    assert f"streamer: db {tmp_path / name}" in server.errors[-1]
+    assert (says or "its folder must exist and be writable") in server.errors[-1]
+
+
+def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
+    """Seen by a user who is not root, whom no permission stops."""
+    code = "import os, sys, streamer; os.getuid() or os.setuid(65534); sys.exit(streamer.main(sys.argv[1:]))"
+    tmp_path.chmod(0o555)
+    with process("-c", code, "--test-mode", "--port", "0", "--db", str(tmp_path / "x.db"), cwd=Path("/")) as server:
+        assert server.wait() == 2
+    tmp_path.chmod(0o755)
+    assert "unable to open database file; its folder must exist and be writable" in server.errors[-1]
+
+
+def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
+    with busy(tmp_path, db="streamer.db") as first:
+        assert first.client.get("/healthz")["store"] == "ok"
+        with process(SERVER, "--test-mode", "--port", "0", "--db", "streamer.db", cwd=tmp_path) as second:
+            assert second.wait() == 2
+        assert "another streamer uses it" in second.errors[-1]
+
+
+def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
+    """Bytes of the log that got lost: a clear 503, a closed stream, and a server that goes on."""
+    with busy(tmp_path, db="streamer.db") as server:
+        task_id = server.client.create("0.0005")
+        witness = Witness(server.client, task_id)
+        deadline = time.monotonic() + TIMEOUT
+        while len(witness.events) < 500 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.stop()
+        witness.join()
+    path = tmp_path / "streamer.db"
+    with path.open("r+b") as file:
+        for page in range(8, path.stat().st_size // 4096, 3):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 4096)
+    with busy(tmp_path, db="streamer.db") as server:
+        response = server.client.http.get(f"/api/tasks/{task_id}/events")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable")
+        assert "malformed" in response.json()["error"]["message"]
+        record = server.client.watch(task_id)
+        assert (record.messages[-1]["data"]["code"], record.close_code) == ("store_unavailable", 1013)
+        assert record.ids == list(range(1, len(record.ids) + 1))
+        assert server.client.create("0")
 
 
 # -----------------------------------------------------------------------------
