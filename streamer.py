@@ -578,8 +578,8 @@ class Store(Protocol):
     async def pause(self, seconds: float) -> None:
         """Until the next sweep is due, or is worth it."""
 
-    async def cancel(self, task_id: str) -> None:
-        """Asks the process that runs a task to cancel it; returns when it has heard."""
+    async def cancel(self, task_id: str) -> bool:
+        """Asks the process that runs a task to cancel it; true once it has heard, false where there is no other."""
 
     async def heard(self, task_id: str) -> None:
         """Answers `cancel`."""
@@ -603,8 +603,9 @@ class _LocalStore:
     async def pause(self, seconds: float) -> None:
         await anyio.sleep(seconds)
 
-    async def cancel(self, task_id: str) -> None:
+    async def cancel(self, task_id: str) -> bool:
         await anyio.sleep(0.02)  # the claim that was in the way is about to become a run
+        return False
 
     async def heard(self, task_id: str) -> None: ...
 
@@ -941,12 +942,22 @@ class SqliteStore(_LocalStore):
 # Redis: what must be one step is a script. One hash, one stream a task, an index, and a lease a replica.
 INDEX, TASK, LOG, LEASE = "streamer:tasks", "streamer:task:", "streamer:log:", "streamer:lease:"
 CREATE = """
-if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+if redis.call('EXISTS', KEYS[2]) == 1 then return 'exists' end
+local excess, forgotten = redis.call('ZCARD', KEYS[1]) + 1 - ARGV[5], {}
+for _, id in ipairs(excess > 0 and redis.call('ZRANGE', KEYS[1], 0, -1) or {}) do
+  local status = redis.call('HGET', ARGV[6] .. id, 'status')
+  if #forgotten < excess and status ~= 'PENDING' and status ~= 'RUNNING' then table.insert(forgotten, id) end
+end
+if #forgotten < excess then return 'full' end
+for _, id in ipairs(forgotten) do
+  redis.call('DEL', ARGV[6] .. id, ARGV[7] .. id)
+  redis.call('ZREM', KEYS[1], id)
+end
 local time = redis.call('TIME')
 redis.call('ZADD', KEYS[1], time[1] .. string.format('%06d', time[2]), ARGV[1])
 redis.call('HSET', KEYS[2], 'status', 'PENDING', 'task', ARGV[2], 'state', ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[4])
-return 1
+return forgotten
 """
 SCAN = """
 local found = {}
@@ -970,13 +981,17 @@ return {task[3], task[4]}
 """
 RELEASE = "if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('HDEL', KEYS[1], 'owner') end"
 CANCEL = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancel', '1') end
+local status = redis.call('HGET', KEYS[1], 'status')
+if status == 'PENDING' or status == 'RUNNING' then redis.call('HSET', KEYS[1], 'cancel', '1') end
 redis.call('PUBLISH', ARGV[1], '')
 """
 WRITE = """
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4]) end
+if ARGV[3] ~= '' then
+  redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4])
+  if ARGV[3] ~= 'RUNNING' then redis.call('HDEL', KEYS[1], 'cancel') end
+end
 local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
 local last = newest and tonumber(string.match(newest[1], '%d+')) or 0
 for i = 7, #ARGV, 3 do
@@ -1102,18 +1117,13 @@ class RedisStore:
         return lost
 
     async def create(self, task: Task) -> Sequence[str]:
-        forgotten: list[str] = []
-        excess = await self._call(lambda: self._redis.zcard(INDEX)) + 1 - self._settings.max_tasks
-        if excess > 0:
-            ended = [row.task_id for row in await self._scan() if row.status in ENDED]
-            if len(ended) < excess:
-                raise _too_many(self._settings)
-            forgotten = ended[-excess:]
         values = task.id, _dump(task), _dump(TaskState(task_id=task.id)), self._max_age
-        if not await self._script("create", [INDEX, TASK + task.id], *values):
+        keys, limit = [INDEX, TASK + task.id], self._settings.max_tasks
+        forgotten: Sequence[str] = await self._script("create", keys, *values, limit, TASK, LOG)
+        if forgotten == "exists":
             raise TaskExists(f"task {task.id} exists")
-        for task_id in forgotten:
-            await self.forget(task_id)
+        if forgotten == "full":
+            raise _too_many(self._settings)
         return forgotten
 
     async def load(self, task_id: str) -> Record:
@@ -1209,10 +1219,11 @@ class RedisStore:
             await self._attention.wait()
         self._attention.clear()
 
-    async def cancel(self, task_id: str) -> None:
+    async def cancel(self, task_id: str) -> bool:
         await self._script("cancel", [TASK + task_id], self.CANCELS)
         while await self._call(lambda: self._redis.hexists(TASK + task_id, "cancel")):  # noqa: ASYNC110
             await anyio.sleep(0.02)
+        return True
 
     async def heard(self, task_id: str) -> None:
         await self._call(lambda: self._redis.hdel(TASK + task_id, "cancel"))
@@ -2438,15 +2449,12 @@ class Supervisor:
 
     async def cancel(self, task_id: str) -> Task:
         """Stops a task, started or not, wherever it runs. Raises TaskEnded."""
-        asked = False
         while True:
             active, task = self._active.get(task_id), await self.get(task_id)
             if active and not active.concluding:
                 active.stop(StopReason.CANCEL, self.settings.grace)
                 return task
             if active or task.status in ENDED:
-                if asked:
-                    return task
                 raise TaskEnded(f"task {task_id} has ended ({task.status}): there is nothing to cancel")
             with anyio.CancelScope(shield=True):
                 if broker := await self._claim(task_id, {TaskStatus.PENDING}):
@@ -2454,8 +2462,8 @@ class Supervisor:
                     active.stop(StopReason.CANCEL, 0)
                     await self._conclude(active, Outcome())
                     return broker.task
-                await self.store.cancel(task_id)
-            asked = True
+            if await self.store.cancel(task_id):
+                return await self.get(task_id)
 
     async def delete(self, task_id: str) -> None:
         """Stops a task, forgets it, its log and its workspace, and tells its clients."""

@@ -736,6 +736,47 @@ async def test_store_forgets_what_is_old(stored: dict[str, Any]) -> None:
         assert len(await store.read("a", 0, 9)) == 1
 
 
+def test_service_is_the_same_on_every_store(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """Create, list, watch, replay, page, cancel, run again, delete: what clients see does not tell the store."""
+    gate = Gate()
+    with live(gate, tmp_path / "files", max_running=1, **stored) as client:
+        body, key = {"input_prompt": "p", "options": {"n_round": 3}}, {"Idempotency-Key": "k"}
+        answers = [client.http.post("/api/tasks", json=body, headers=key) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [201, 200]
+        assert answers[0].json() == answers[1].json()
+        task_id = answers[0].json()["id"]
+        other = client.http.post("/api/tasks", json={"input_prompt": "q"}, headers=key)
+        assert other.json()["error"]["code"] == "idempotency_conflict"
+        witness, waiting = Witness(client, task_id), client.create("waits")
+        assert gate.started.wait(TIMEOUT)
+        assert client.post(f"/api/tasks/{waiting}/run").json()["status"] == "PENDING"
+        queue = Witness(client, waiting)
+        queue.until(lambda state: "waiting for a free slot" in (state["last_message"] or ""))
+        assert client.post(f"/api/tasks/{waiting}/cancel").status_code == 202
+        assert [event["event_type"] for event in queue.join()] == ["TASK_CANCELLED"]
+        assert client.post(f"/api/tasks/{task_id}/run").json()["status"] == "RUNNING"
+        gate.go.set()
+        seen = witness.join()
+        kinds = ["TASK_START", "MESSAGE", "MESSAGE", "RESULT", "TASK_COMPLETE"]
+        assert [event["event_type"] for event in seen] == kinds
+        assert witness.states[-1]["final_result"] == {"answer": 42}
+        assert whole_log(client, task_id) == seen == client.watch(task_id).events
+        assert client.watch(task_id, "after=3").ids == [4, 5]
+        assert client.watch(task_id, "after=99").data("connected")[0]["recovered"] is False
+        page = client.get(f"/api/tasks/{task_id}/events?after=1&limit=2&types=MESSAGE")
+        assert ([event["event_id"] for event in page["events"]], page["has_more"]) == ([2, 3], True)
+        assert client.get(f"/api/tasks/{task_id}/state") == witness.states[-1]
+        assert client.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 409
+        assert client.post(f"/api/tasks/{waiting}/run?restart=true").status_code == 202
+        assert [event["event_id"] for event in client.watch(waiting).events] == [1, 2, 3, 4, 5, 6]
+        assert client.get("/api/tasks?status=SUCCEEDED")["total"] == 2
+        assert [item["id"] for item in client.get("/api/tasks")["items"]] == [waiting, task_id]
+        assert client.get("/healthz")["tasks"] == {"SUCCEEDED": 2}
+        assert client.http.delete(f"/api/tasks/{task_id}").status_code == 204
+        assert client.http.get(f"/api/tasks/{task_id}/events").status_code == 404
+        assert client.watch(task_id).close_code == 4404
+
+
 # -----------------------------------------------------------------------------
 # Durability: SQLite
 # -----------------------------------------------------------------------------
@@ -1027,6 +1068,224 @@ def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
         assert (record.messages[-1]["data"]["code"], record.close_code) == ("store_unavailable", 1013)
         assert record.ids == list(range(1, len(record.ids) + 1))
         assert server.client.create("0")
+
+
+# -----------------------------------------------------------------------------
+# Replicas: Redis
+# -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replicas(count: int, server: RedisServer, folder: Path, **settings: Any) -> Iterator[list[Process]]:
+    """Servers that share a Redis, emptied before, with a lease that fits a test."""
+    server("FLUSHALL")
+    with contextlib.ExitStack() as stack:
+        chosen = {"redis_url": server.url, "lease": 2, **settings}
+        started = [stack.enter_context(busy(folder, **chosen)) for _ in range(count)]
+        for each in started:
+            assert each.client.get("/healthz")["store"] == "ok"
+        yield started
+
+
+def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Three clients come to three replicas at once: one run, the same numbered log live at all, any one cancels."""
+    with replicas(3, redis_server, tmp_path) as servers:
+        for round_ in range(5):
+            created = servers[round_ % 3].client.http.post(
+                "/api/tasks", json={"input_prompt": "0.001"}, headers={"Idempotency-Key": f"round {round_}"}
+            )
+            task_id = created.json()["id"]
+            with ThreadPoolExecutor(3) as pool:
+                witnesses = list(pool.map(lambda server, task=task_id: Witness(server.client, task), servers))
+            for witness in witnesses:
+                assert witness.seen.wait(TIMEOUT)
+                witness.until(lambda state: state["status"] == "RUNNING")
+            running = [server.client.get("/healthz")["running"] for server in servers]
+            assert sorted(running) == [0, 0, 1]
+            again = servers[2].client.http.post(
+                "/api/tasks", json={"input_prompt": "0.001"}, headers={"Idempotency-Key": f"round {round_}"}
+            )
+            assert (again.status_code, again.json()["id"]) == (200, task_id)
+            stranger = servers[(running.index(1) + 1) % 3].client
+            assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+            seen = [witness.join() for witness in witnesses]
+            assert seen[0] == seen[1] == seen[2] == whole_log(stranger, task_id)
+            assert [event["event_id"] for event in seen[0]] == list(range(1, len(seen[0]) + 1))
+            assert [event["event_type"] for event in seen[0]].count("TASK_START") == 1
+            assert seen[0][-1]["event_type"] == "TASK_CANCELLED"
+            assert [witness.states[-1]["status"] for witness in witnesses] == ["CANCELLED"] * 3
+            assert [witness.close_code for witness in witnesses] == [1000] * 3
+            assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 409
+        listed = [server.client.get("/api/tasks")["items"] for server in servers]
+        assert listed[0] == listed[1] == listed[2]
+        assert len(listed[0]) == 5
+
+
+def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_server: RedisServer) -> None:
+    """kill -9 of the one that runs: within the lease the other says FAILED, ends its clients, and can run it again."""
+    with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
+        task_id, queued = first.client.create("0.001"), first.client.create("0.01")
+        assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
+        witness = Witness(second.client, task_id)
+        witness.until(lambda state: state["status"] == "RUNNING")
+        assert first.client.post(f"/api/tasks/{queued}/run").status_code == 202
+        first.stop(signal.SIGKILL)
+        seen = witness.join()
+        assert (seen[-1]["event_type"], witness.close_code) == ("TASK_ERROR", 1000)
+        assert "interrupted" in seen[-1]["payload"]["message"]
+        assert [event["event_id"] for event in seen] == list(range(1, len(seen) + 1))
+        assert second.client.get(f"/api/tasks/{task_id}")["status"] == "FAILED"
+        moved = Witness(second.client, queued, "start=false")  # what waited for its turn gets one at the other
+        moved.until(lambda state: state["status"] == "RUNNING")
+        assert second.client.post(f"/api/tasks/{queued}/cancel").status_code == 202
+        moved.join()
+        assert second.client.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
+        again = Witness(second.client, task_id)
+        again.until(lambda state: state["status"] == "RUNNING")
+        assert second.client.http.delete(f"/api/tasks/{task_id}").status_code == 204
+        again.join()
+        assert again.close_code in (1000, 4404)  # whichever it hears first: that it was cancelled, or deleted
+
+
+def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGSTOP, longer than the lease, SIGCONT: it writes nothing more, its run stops, its clients see the end."""
+    with replicas(2, redis_server, tmp_path) as (first, second):
+        task_id = first.client.create("0.001")
+        own = Witness(first.client, task_id)
+        assert own.seen.wait(TIMEOUT)
+        other = Witness(second.client, task_id)
+        first.popen.send_signal(signal.SIGSTOP)
+        seen = other.join()
+        assert seen[-1]["event_type"] == "TASK_ERROR"
+        first.popen.send_signal(signal.SIGCONT)
+        assert own.join() == seen == whole_log(first.client, task_id)
+        assert own.close_code == 1000
+        deadline = time.monotonic() + TIMEOUT
+        while (health := first.client.get("/healthz"))["running"]:
+            assert time.monotonic() < deadline
+        assert health["abandoned"] == 0
+        assert whole_log(second.client, task_id) == seen
+        fresh = Witness(first.client, first.client.create("0.001"))  # it has a new lease
+        assert fresh.seen.wait(TIMEOUT)
+        assert second.client.post(f"/api/tasks/{fresh.task_id}/cancel").status_code == 202
+        fresh.join()
+
+
+def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisServer) -> None:
+    """The run stops, its clients everywhere are told, and its files go."""
+    with replicas(2, redis_server, tmp_path) as servers:
+        first, second = (server.client for server in servers)
+        task_id = first.create("0.001")
+        assert first.post(f"/api/tasks/{task_id}/run").status_code == 202
+        witnesses = [Witness(client, task_id) for client in (first, second)]
+        for witness in witnesses:
+            witness.until(lambda state: state["status"] == "RUNNING")
+        folder = tmp_path / "workspace" / task_id
+        folder.mkdir(parents=True)
+        assert second.http.delete(f"/api/tasks/{task_id}").status_code == 204
+        for witness in witnesses:
+            witness.join()
+            assert witness.close_code in (1000, 4404)
+        assert not folder.exists()
+        for client in (first, second):
+            assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
+            deadline = time.monotonic() + TIMEOUT
+            while client.get("/healthz")["running"]:
+                assert time.monotonic() < deadline
+        assert redis_server("KEYS", f"*{task_id}*") == []
+
+
+@pytest.mark.parametrize("away", [0.5, 5.0])
+def test_redis_goes_away_and_comes_back(tmp_path: Path, redis_server: RedisServer, away: float) -> None:
+    """Shorter than the lease the run goes on, longer ends it; the clients keep their sockets, or hear why not."""
+    with replicas(2, redis_server, tmp_path) as (first, second):
+        task_id = first.client.create("0.001")
+        own = Witness(first.client, task_id)
+        assert own.seen.wait(TIMEOUT)
+        other = Witness(second.client, task_id)
+        assert other.seen.wait(TIMEOUT)
+        redis_server.kill()
+        try:
+            said = own.until(lambda state: "cannot be reached" in (state["error_message"] or ""))
+            assert said["status"] == "RUNNING"
+            own._thread.join(away)
+            health = first.client.http.get("/healthz")
+            assert (health.status_code, health.json()["status"]) == (503, "error")
+        finally:
+            redis_server.start()
+        if away < 1:
+            count = len(own.events)
+            deadline = time.monotonic() + TIMEOUT
+            while len(own.events) < count + 100:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert second.client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+            log = own.join()
+            assert (log, own.close_code) == (other.join(), 1000)
+            assert own.states[-1]["error_message"] is None
+        else:
+            own.join()
+            assert own.close_code == 1013
+            assert "the run was stopped: the Redis at redis://127.0.0.1" in own.messages[-1]["data"]["message"]
+            assert settled(second.client, task_id)["status"] == "FAILED"
+            log = other.join()
+            assert log[: len(own.events)] == own.events
+        whole = whole_log(second.client, task_id)
+        assert log == whole[: len(log)]
+        assert [event["event_id"] for event in whole] == list(range(1, len(whole) + 1))
+
+
+def test_redis_that_is_absent_or_refuses_exits_2(tmp_path: Path, redis_server: RedisServer) -> None:
+    """The error names the URL, never its password."""
+    with loopback() as free:
+        absent = f"127.0.0.1:{free.getsockname()[1]}"
+    wrong = f"127.0.0.1:{redis_server.port}"
+    redis_server("ACL", "SETUSER", "bob", "on", ">right-password", "~*", "&*", "+@all")
+    cases = {
+        f"redis://:swordfish1@{absent}/3": f"the Redis at redis://{absent}/3 cannot be used: Error 111",
+        f"redis://bob:swordfish1@{wrong}": f"the Redis at redis://{wrong} cannot be used: invalid username-password",
+        "redis://:sword/fish1@127.0.0.1": "redis_url must be redis://",
+        "swordfish1": "redis_url must be redis://",
+    }
+    for url, says in cases.items():
+        with process(SERVER, "--test-mode", "--port", "0", "--redis-url", url, cwd=tmp_path) as server:
+            assert server.wait() == 2
+        assert says in server.errors[-1], server.errors
+        assert "fish1" not in "".join(server.errors)
+
+
+def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServer) -> None:
+    with replicas(1, redis_server, tmp_path) as (server,):
+        witness = Witness(server.client, server.client.create("0.001"))
+        assert witness.seen.wait(TIMEOUT)
+        redis_server("CONFIG", "SET", "maxmemory", "1")
+        try:
+            witness.join()
+        finally:
+            redis_server("CONFIG", "SET", "maxmemory", "0")
+        assert "command not allowed when used memory" in witness.messages[-1]["data"]["message"]
+        assert settled(server.client, witness.task_id)["status"] == "FAILED"
+
+
+def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) -> None:
+    """One hash and one stream a task, an index, a lease; 1,000 finished tasks later as many as max_tasks allows."""
+    redis_server("FLUSHALL")
+    with live(burst(20), tmp_path, redis_url=redis_server.url, max_tasks=20, max_events=10, max_age=1000) as client:
+
+        def play(_: int) -> None:
+            client.watch(client.create())
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(play, range(100)))
+            before = redis_server("MEMORY", "STATS")["dataset.bytes"]
+            list(pool.map(play, range(900)))
+        after = redis_server("MEMORY", "STATS")["dataset.bytes"]
+        keys = redis_server("KEYS", "*")
+        assert {key.split(":")[0] for key in keys} == {"streamer"}
+        assert Counter(key.split(":")[1] for key in keys) == {"task": 20, "log": 20, "tasks": 1, "lease": 1}
+        assert all(0 < redis_server("TTL", key) <= 1000 for key in keys if key != "streamer:tasks")
+        assert after < 1.2 * before + 100_000
+    assert [key for key in redis_server("KEYS", "streamer:lease:*") if redis_server("PTTL", key) < 0] == []
 
 
 # -----------------------------------------------------------------------------
@@ -2721,6 +2980,45 @@ def test_readme_lines_work_as_written(scripted: Client, tmp_path: Path) -> None:
     assert {each["status"] for each in scripted.get("/api/tasks")["items"]} == {"SUCCEEDED", "CANCELLED"}
 
 
+def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: RedisServer) -> None:
+    """The configuration as the README shows it, but for its ports: HTTP, WebSocket and SSE, and one replica killed."""
+    nginx = needs("nginx")
+    config = re.findall(r"```nginx\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[0]
+    with replicas(2, redis_server, tmp_path) as servers, loopback() as free:
+        port = str(free.getsockname()[1])
+        ports = [server.client.url.rsplit(":", 1)[1] for server in servers]
+        for old, new in zip(("8000", "8001", "8002"), (port, *ports), strict=True):
+            config = config.replace(f":{old}", f":{new}")
+        (tmp_path / "nginx.conf").write_text(config.replace("http {", "http { access_log off;"))
+        free.close()
+        command = [nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off; pid nginx.pid;"]
+        proxy = subprocess.Popen([*command, "-p", str(tmp_path)])
+        client = Client(f"http://127.0.0.1:{port}")
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            reachable = False
+            while not reachable:
+                with socket.socket() as probe:
+                    reachable = probe.connect_ex(("127.0.0.1", int(port))) == 0
+                assert time.monotonic() < deadline
+            task_id = client.create("0.001")
+            witnesses = [Witness(client, task_id) for _ in range(4)]
+            for witness in witnesses:
+                assert witness.seen.wait(TIMEOUT)
+            accept = {"Accept": "text/event-stream"}
+            with client.http.stream("GET", f"/api/tasks/{task_id}/events", headers=accept) as response:
+                assert "connected" in next(response.iter_lines())
+            assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+            logs = [witness.join() for witness in witnesses]
+            assert logs == [whole_log(client, task_id)] * 4
+            servers[0].stop(signal.SIGKILL)
+            assert [client.get(f"/api/tasks/{task_id}")["status"] for _ in range(4)] == ["CANCELLED"] * 4
+        finally:
+            proxy.terminate()
+            proxy.wait()
+            client.http.close()
+
+
 def test_readme_names_every_setting_and_route() -> None:
     """The README's tables are complete."""
     text = (HERE / "README.md").read_text()
@@ -3115,6 +3413,40 @@ def bench_memory(folder: Path) -> Iterator[tuple[str, str, str]]:
             idle.close()
 
 
+def bench_stores(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """What each store costs, beside memory in the same run; Redis where `redis-server` is installed."""
+    redis_server = RedisServer(folder)
+    with contextlib.ExitStack() as stack:
+        environs = {"memory": {}, "SQLite": {"STREAMER_DB": "bench.db"}}
+        if shutil.which("redis-server"):
+            redis_server.start("--appendfsync", "everysec")
+            stack.callback(redis_server.kill)
+            environs["Redis"] = {"STREAMER_REDIS_URL": redis_server.url}
+        servers = {name: stack.enter_context(bench_server(LOAD, folder, **each)) for name, each in environs.items()}
+        for clients, events in ((1, 20000), (100, 5000)):
+            for name, server in servers.items():
+                rates = [measure(server, clients, events)["per_s"] for _ in range(3)]
+                target = ">= 100,000 /s" if (name, clients) == ("SQLite", 100) else ""
+                yield f"{name}: burst, K={clients}", f"{statistics.median(rates):,.0f} /s", target
+        turns = [{name: measure(server, 50, 2000, 200) for name, server in servers.items()} for _ in range(3)]
+        memory = statistics.median(turn["memory"]["p99"] for turn in turns)
+        for name in servers:
+            p50, p99, cpu = (statistics.median(turn[name][key] for turn in turns) for key in ("p50", "p99", "cpu"))
+            target = f"p99 <= {memory + 5:.1f} ms" if name == "SQLite" else ""
+            yield f"{name}: 200 events/s, K=50", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, {cpu:.2f} s CPU", target
+    with bench_server(LOAD, folder, STREAMER_DB="million.db", STREAMER_MAX_EVENTS="2000000") as server:
+        task_id = server.client.create("n=1000000")
+        server.client.watch(task_id, "types=RESULT")
+        size = (folder / "million.db").stat().st_size / 1e6
+        before = usage(server)[1]
+        swarm = Swarm(server.client.url, [f"/ws/tasks/{task_id}"], keep=False)
+        seconds = swarm.receive(1_000_000)
+        grown = usage(server)[1] - before
+        swarm.close()
+        yield "SQLite: a million events", f"{size:.0f} bytes an event in the file; {before:.0f} MB resident", "bounded"
+        yield "  replayed", f"{1e6 / seconds:,.0f} /s, grew {grown:.0f} MB", "bounded"
+
+
 BENCHMARKS = {
     "broadcast": bench_against_broadcast,
     "emit": bench_emit,
@@ -3125,6 +3457,7 @@ BENCHMARKS = {
     "metagpt": bench_metagpt,
     "many": bench_many_tasks,
     "memory": bench_memory,
+    "stores": bench_stores,
 }
 
 
