@@ -716,6 +716,9 @@ class MemoryStore(_LocalStore):
 
 
 SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS tasks (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, updated_at TEXT NOT NULL,
     task TEXT NOT NULL, state TEXT NOT NULL
@@ -746,32 +749,38 @@ class SqliteStore(_LocalStore):
         self._pending: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
         self._one_reader = anyio.CapacityLimiter(1)
-        try:
-            self._lock, self._writer = self._connect(f"{self._path}.lock", 0), self._connect(self._path)
-            self._lock.execute("BEGIN EXCLUSIVE")  # held while this process lives
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if version not in (0, 1):
-                raise SettingsError(f"db {self._path} has schema version {version}, and this streamer knows 1")
-            self._writer.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE;" + SCHEMA
-            )
-            self._reader = self._connect(self._path)
-        except sqlite3.Error as error:
-            why = {
-                "SQLITE_BUSY": "another streamer uses it; give each its own file, or all of them one redis_url",
-                "SQLITE_CANTOPEN": "its folder must exist and be writable",
-                "SQLITE_NOTADB": "it is another kind of file",
-            }.get(error.sqlite_errorname, "is it a SQLite file that may be written?")
-            raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
+        with self._connected():  # or it is an error now
+            pass
 
-    def _connect(self, path: Path | str, timeout: float | None = None) -> sqlite3.Connection:
-        timeout = self._settings.lease if timeout is None else timeout  # for a lock that somebody's shell holds
-        return sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+
+            def connect(path: str, timeout: float) -> sqlite3.Connection:
+                connection = sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+                return stack.enter_context(contextlib.closing(connection))
+
+            try:
+                connect(f"{self._path}.lock", 0).execute("BEGIN EXCLUSIVE")  # held while this process has the file
+                # The lease is the patience with a lock that somebody's shell holds.
+                self._writer, self._reader = (connect(str(self._path), self._settings.lease) for _ in range(2))
+                (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+                if version not in (0, 1):
+                    raise SettingsError(f"db {self._path} has schema version {version}, and this streamer knows 1")
+                self._writer.executescript(SCHEMA)
+            except sqlite3.Error as error:
+                why = {
+                    "SQLITE_BUSY": "another streamer uses it; give each its own file, or all of them one redis_url",
+                    "SQLITE_CANTOPEN": "its folder must exist and be writable",
+                    "SQLITE_NOTADB": "it is another kind of file",
+                }.get(error.sqlite_errorname, "is it a SQLite file that may be written?")
+                raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
+            yield
 
     @contextlib.asynccontextmanager
     async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
         self._notify = notify
-        with contextlib.closing(self._lock), contextlib.closing(self._writer), contextlib.closing(self._reader):
+        with self._connected():
             async with anyio.create_task_group() as group:
                 group.start_soon(self._commit_groups)
                 yield
@@ -987,17 +996,18 @@ redis.call('PUBLISH', ARGV[1], '')
 """
 WRITE = """
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
+local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+local last, first = newest and tonumber(string.match(newest[1], '%d+')) or 0, tonumber(ARGV[7])
+if first and first <= last then  -- all of it is here already: it was the answer that got lost
+  return ARGV[#ARGV - 2] + 0 == last and 1 or redis.error_reply('ERR events out of order')
+end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
 if ARGV[3] ~= '' then
   redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4])
   if ARGV[3] ~= 'RUNNING' then redis.call('HDEL', KEYS[1], 'cancel') end
 end
-local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
-local last = newest and tonumber(string.match(newest[1], '%d+')) or 0
 for i = 7, #ARGV, 3 do
-  if tonumber(ARGV[i]) > last then  -- the others are here: it was the answer that got lost
-    redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], ARGV[i] .. '-0', 'type', ARGV[i + 1], 'data', ARGV[i + 2])
-  end
+  redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], ARGV[i] .. '-0', 'type', ARGV[i + 1], 'data', ARGV[i + 2])
 end
 for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[6]) end
 redis.call('PUBLISH', KEYS[1], '')
@@ -1284,6 +1294,7 @@ class Broker:
         self.closing: StreamerError | None = None
         self.notice: str | None = None
         self.follower: anyio.CancelScope | None = None
+        self._catching_up = anyio.Lock()
         self.subscriptions: set[Subscription] = set()
         self.loop = asyncio.get_running_loop()
         self._beats: asyncio.TimerHandle | None = None
@@ -1320,18 +1331,16 @@ class Broker:
 
     async def catch_up(self, record: Record | None = None) -> None:
         """Hands over what another process has stored, up to `record`. Raises TaskNotFound, StoreUnavailable."""
-        place = (self.version, self.state.last_event_id)
-        task, state = record or await self.store.load(self.task.id)
-        while not self.owned and place == (self.version, self.state.last_event_id):  # or somebody has been faster
-            if self.state.last_event_id >= state.last_event_id:
-                self._adopt(replace(state, last_event_id=self.state.last_event_id), (), task)
-                return
-            events = await self.store.read(self.task.id, self.state.last_event_id, Subscription.PAGE)
-            if not events or self.owned or place != (self.version, self.state.last_event_id):
-                return
-            whole = events[0].event_id == self.state.last_event_id + 1  # else each client finds out that it lags
-            self._adopt(replace(self.state, last_event_id=events[-1].event_id), events if whole else (), self.task)
-            place = (self.version, self.state.last_event_id)
+        async with self._catching_up:
+            task, state = record or await self.store.load(self.task.id)
+            while (last := self.state.last_event_id) < state.last_event_id and not self.owned:
+                events = await self.store.read(self.task.id, last, Subscription.PAGE)
+                if not events or self.owned:
+                    return
+                whole = events[0].event_id == last + 1  # else each client finds out that it lags
+                self._adopt(replace(self.state, last_event_id=events[-1].event_id), events if whole else (), self.task)
+            if not self.owned:
+                self._adopt(replace(state, last_event_id=last), (), task)
 
     def _adopt(self, state: TaskState, events: Sequence[Event], task: Task) -> None:
         changed = state != replace(self.state, last_event_id=state.last_event_id) or task.status != self.task.status
@@ -2461,7 +2470,11 @@ class Supervisor:
                     active = self._activate(broker)
                     active.stop(StopReason.CANCEL, 0)
                     await self._conclude(active, Outcome())
+                    if active.store_error:
+                        raise active.store_error
                     return broker.task
+            if self.store.error:
+                raise StoreUnavailable(self.store.error)
             if await self.store.cancel(task_id):
                 return await self.get(task_id)
 
@@ -2532,24 +2545,26 @@ class Supervisor:
         """The broker of a task that is this process's to run; None where its status is another, or somebody has it."""
         if (record := await self.store.claim(task_id, statuses)) is None:
             return None
-        broker = self._broker(*record)
-        try:
-            await broker.catch_up(record)
-        except StreamerError:
-            await self._disclaim(broker)
-            raise
+        while not (broker := self._broker(*record)).owned:
+            try:
+                await broker.catch_up(record)
+            except StreamerError:
+                await self._disclaim(broker)
+                raise
+            broker.owned = self._brokers.get(task_id) is broker  # or its last watcher has left meanwhile
         return broker
 
     async def _disclaim(self, broker: Broker) -> None:
         with contextlib.suppress(StreamerError):  # it runs out by itself
             await self.store.release(broker.task.id)
+        broker.owned = False
         self._release(broker)
+        self._follow(broker)
 
     def _activate(self, broker: Broker) -> ActiveRun:
         active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets))
         self._active[broker.task.id] = active
         self._unsaid.pop(broker.task.id, None)
-        broker.owned = True
         return active
 
     def _follow(self, broker: Broker) -> None:
@@ -2574,7 +2589,7 @@ class Supervisor:
 
     def _release(self, broker: Broker) -> None:
         task_id = broker.task.id
-        if not broker.subscriptions and task_id not in self._active and self._brokers.get(task_id) is broker:
+        if not broker.subscriptions and not broker.owned and self._brokers.get(task_id) is broker:
             del self._brokers[task_id]
             if broker.follower:
                 broker.follower.cancel()
@@ -2917,11 +2932,15 @@ def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
         return None
 
 
+async def _count(store: Store) -> Mapping[TaskStatus, int]:
+    with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):  # it may be away
+        return await store.count()
+    return {}
+
+
 async def get_health(request: Request) -> Response:
     supervisor = _supervisor(request)
-    tasks: Mapping[TaskStatus, int] = {}
-    with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):  # it may be away
-        tasks = await supervisor.store.count()
+    tasks = await _count(supervisor.store)
     fault = supervisor.engine_error or supervisor.store.error
     status = {"status": "error" if fault else "ok", "mode": supervisor.mode, "store": supervisor.store.error or "ok"}
     load = {name: getattr(supervisor, name) for name in ("engine", "running", "waiting", "clients", "abandoned")}
@@ -2931,7 +2950,7 @@ async def get_health(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Prometheus text exposition format 0.0.4."""
     supervisor, lines = _supervisor(request), ["# TYPE streamer_tasks gauge"]
-    count = await supervisor.store.count()
+    count = await _count(supervisor.store)
     lines += [f'streamer_tasks{{status="{status}"}} {count.get(status, 0)}' for status in TaskStatus]
     for name in ("running", "waiting", "clients"):
         lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {getattr(supervisor, name)}"]
