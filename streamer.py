@@ -28,12 +28,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import codecs
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -47,6 +50,7 @@ import threading
 import time
 import types
 import uuid
+import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
@@ -78,7 +82,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -2294,6 +2298,7 @@ class Supervisor:
         self.clients = 0
         self.counters = Counter(events=0, deliveries=0, clients=0, slow_clients=0)
         self.engine_error: str | None = None
+        self._spent: Counter[str] = Counter(NO_COST)  # by the runs that have ended
         self.abandoned = 0  # threads that went on when their run had ended
         self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
         self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
@@ -2400,6 +2405,17 @@ class Supervisor:
     def deliveries(self) -> int:
         live = sum(each.delivered for broker in self._brokers.values() for each in broker.subscriptions)
         return self.counters["deliveries"] + live
+
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """On models, since the start."""
+        costs = [self._spent, *(active.broker.state.cost for active in self._active.values())]
+        names = {
+            "prompt_tokens": "prompt_tokens",
+            "completion_tokens": "completion_tokens",
+            "total_cost": "cost_dollars",
+        }
+        return {f"model_{name}": sum(cost[key] for cost in costs) for key, name in names.items()}
 
     # What clients ask for. All of it raises TaskNotFound.
 
@@ -2515,15 +2531,19 @@ class Supervisor:
         subscription = broker.subscribe(after, types)
         self.clients += 1
         self.counters["clients"] += 1
+        outcome = "left"
         try:
             if not broker.owned:
                 await broker.catch_up()  # with what happened since it was loaded
                 self._follow(broker)
             yield subscription
-        except SlowClient:
-            self.counters["slow_clients"] += 1
+            outcome = "served"
+        except StreamerError as error:
+            outcome = error.as_dict()["code"]
+            self.counters["slow_clients"] += isinstance(error, SlowClient)
             raise
         finally:
+            logger.info("client task=%s after=%d events=%d outcome=%s", task_id, after, subscription.delivered, outcome)
             subscription.close()
             self.counters["deliveries"] += subscription.delivered
             self.clients -= 1
@@ -2704,6 +2724,7 @@ class Supervisor:
     def _finish(self, active: ActiveRun) -> None:
         active.broker.owned = False
         del self._active[active.run.task_id]
+        self._spent.update(active.broker.state.cost)
         active.done.set()
         self._release(active.broker)
 
@@ -2932,6 +2953,50 @@ def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
         return None
 
 
+class _Sink(io.RawIOBase):
+    """What a zip is written to, and taken from in between, so that none of it is kept."""
+
+    def __init__(self) -> None:
+        self._came = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._came += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken, self._came = bytes(self._came), bytearray()
+        return taken
+
+
+def zipped(root: Path) -> Iterator[bytes]:
+    """The files below `root` as a zip that is made while it is read."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for path, _, modified in list_files(root):
+            entry = zipfile.ZipInfo(path, time.gmtime(max(modified / 1e9, 315532800))[:6])  # which begins in 1980
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            try:
+                file = open(root / path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))  # noqa: SIM115
+            except OSError:  # deleted since it was listed
+                continue
+            with file, archive.open(entry, "w", force_zip64=True) as target:
+                while chunk := file.read(1 << 18):
+                    target.write(chunk)
+                    yield sink.take()
+    yield sink.take()
+
+
+async def get_zip(request: Request) -> Response:
+    """All that the team wrote."""
+    task = await _supervisor(request).get(request.path_params["task_id"])
+    headers = {"Content-Disposition": f'attachment; filename="{task.id}.zip"'}
+    files = zipped(_supervisor(request).settings.workspace / task.id)
+    return StreamingResponse(files, media_type="application/zip", headers=headers)
+
+
 async def _count(store: Store) -> Mapping[TaskStatus, int]:
     with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):  # it may be away
         return await store.count()
@@ -2954,21 +3019,373 @@ async def get_metrics(request: Request) -> Response:
     lines += [f'streamer_tasks{{status="{status}"}} {count.get(status, 0)}' for status in TaskStatus]
     for name in ("running", "waiting", "clients"):
         lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {getattr(supervisor, name)}"]
-    for name, value in {**supervisor.counters, "deliveries": supervisor.deliveries}.items():
+    lines += ["# TYPE streamer_store_up gauge", f"streamer_store_up {int(supervisor.store.error is None)}"]
+    for name, value in {**supervisor.counters, "deliveries": supervisor.deliveries, **supervisor.spent}.items():
         lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {value}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
-async def get_index(request: Request) -> Response:
-    """What to type next, for somebody who opens the address in a browser."""
-    base = str(request.base_url).rstrip("/")
-    body = '{"input_prompt": "Build a todo app"}'
-    return PlainTextResponse(
-        f"streamer, {_supervisor(request).mode} mode\n\n"
-        f"curl {base}/api/tasks -H 'Content-Type: application/json' -d '{body}'\n"
-        f"wscat -c {base.replace('http', 'ws', 1)}/ws/tasks/<id>\n"
-        f"curl -N {base}/api/tasks/<id>/events -H 'Accept: text/event-stream'\n"
-    )
+# The page: one document, no framework, nothing from elsewhere. All text goes in as text, never as HTML.
+PAGE_STYLE = r"""
+:root { color-scheme: light dark; --bg: #fff; --box: #f4f5f7; --fg: #1b1f24; --dim: #5d6673; --line: #d5d9df;
+  --link: #0a58c2; --good: #1a7f37; --bad: #b42318; --tone: 45%; font: 15px/1.45 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #14171b; --box: #1e2329; --fg: #e4e7eb; --dim: #9aa4b0; --line: #363d46; --link: #7ab7ff; --good:
+    #4ac26b; --bad: #ff8a7d; --tone: 68%; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--fg); }
+header { display: flex; gap: .8em; align-items: baseline; flex-wrap: wrap; padding: .5em 1em; border-bottom: 1px
+  solid var(--line); }
+h1 { font-size: 1.1em; margin: 0; }
+h2 { font-size: 1em; margin: 1em 0 .4em; overflow-wrap: anywhere; }
+#mode:not(:empty) { background: #ffd33d; color: #1b1f24; padding: 0 .5em; border-radius: .3em; font-weight: 600; }
+#app { display: grid; grid-template-columns: 19em minmax(0, 1fr); }
+nav { padding: 1em; border-right: 1px solid var(--line); }
+main { padding: 0 1em 4em; }
+ul, ol { list-style: none; margin: 0; padding: 0; }
+p { margin: .4em 0; }
+textarea, input[type=number], input[type=text] { width: 100%; font: inherit; color: inherit; background: var(--bg);
+  border: 1px solid var(--dim); border-radius: .3em; padding: .3em; }
+textarea { min-height: 5em; resize: vertical; }
+button { font: inherit; color: var(--link); background: var(--box); border: 1px solid var(--line); border-radius:
+  .3em; padding: .2em .8em; cursor: pointer; }
+button.plain { border: 0; background: none; padding: 0; text-align: left; overflow-wrap: anywhere; }
+a { color: var(--link); }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 1px; }
+label { display: block; margin: .3em 0; }
+label:has([type=checkbox]) { display: flex; gap: .4em; }
+form button { margin-top: .5em; }
+#tasks a { display: block; padding: .3em .4em; border-radius: .3em; text-decoration: none; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+#tasks a[aria-current] { background: var(--box); font-weight: 600; }
+#tasks small { display: block; }
+small, time, .LOG, .dim { color: var(--dim); font-weight: normal; }
+.bad, .ERROR, .TASK_ERROR, .FAILED { color: var(--bad); }
+.TASK_COMPLETE, .SUCCEEDED { color: var(--good); }
+.note { color: var(--dim); font-style: italic; }
+#head { position: sticky; top: 0; background: var(--bg); padding: .5em 0; border-bottom: 1px solid var(--line);
+  z-index: 1; }
+#head h2 { margin-top: 0; }
+progress { width: 100%; accent-color: var(--good); }
+.row { display: flex; gap: .6em; flex-wrap: wrap; align-items: center; }
+.lane { display: grid; grid-template-columns: 9em minmax(0, 1fr) 12em; gap: .6em; align-items: center; margin: .2em
+  0; }
+.role { color: hsl(var(--hue) 65% var(--tone)); font-weight: 600; }
+.track { position: relative; overflow: hidden; height: .9em; background: var(--box); border-radius: .3em; }
+.track i { position: absolute; top: 0; bottom: 0; min-width: 3px; border-radius: .3em; background: hsl(var(--hue)
+  65% 50%); }
+#feed > li { padding: .25em 0 .25em .6em; border-left: 3px solid hsl(var(--hue, 0) var(--sat, 0%) 55%);
+  overflow-wrap: anywhere; content-visibility: auto; contain-intrinsic-size: auto 1.8em; }
+pre { margin: .3em 0; padding: .5em; background: var(--box); border-radius: .3em; white-space: pre-wrap; overflow:
+  auto; max-height: 22em; font: 13px/1.4 ui-monospace, monospace; }
+summary { cursor: pointer; }
+dialog { width: min(60em, 94vw); max-height: 90vh; color: inherit; background: var(--bg); border: 1px solid
+  var(--line); border-radius: .5em; }
+dialog pre { max-height: 70vh; }
+[hidden] { display: none !important; }
+@media (max-width: 48em) {
+  #app { grid-template-columns: minmax(0, 1fr); }
+  nav { border-right: 0; border-bottom: 1px solid var(--line); }
+  #tasks { max-height: 11em; overflow: auto; }
+  .lane { grid-template-columns: 1fr auto; }
+  .track { grid-column: 1 / -1; grid-row: 2; }
+  #head { position: static; }
+}
+"""
+PAGE_SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id), query = new URLSearchParams(location.search), token = query.get("token");
+const base = new URL(".", location.href), ENDED = ["SUCCEEDED", "FAILED", "CANCELLED"];
+if (token) history.replaceState(null, "", location.pathname + location.hash);  // it is kept in memory only
+const roles = [];
+let view = null, size = 20, listed = "", skew = 0;
+
+function el(tag, set = {}, ...inside) {
+  const e = Object.assign(document.createElement(tag), set);
+  e.append(...inside);
+  return e;
+}
+async function api(path, set = {}) {
+  const headers = {...(token && {Authorization: "Bearer " + token}),
+                   ...(set.body && {"Content-Type": "application/json"})};
+  const away = () => { throw new Error("the server cannot be reached"); };
+  const answer = await fetch(new URL(path, base), {...set, headers}).catch(away);
+  skew = Date.now() - (Date.parse(answer.headers.get("Date")) || Date.now());
+  if (answer.ok) return answer;
+  const error = (await answer.json().catch(() => ({}))).error;
+  throw Object.assign(new Error(error?.message || "HTTP " + answer.status), {status: answer.status});
+}
+const json = async (path, set) => (await api(path, set)).json();
+function tint(e, role) {  // one colour an agent
+  if (role && !roles.includes(role)) roles.push(role);
+  if (role) e.style.setProperty("--hue", (210 + 137.5 * roles.indexOf(role)) % 360);
+  if (role) e.style.setProperty("--sat", "65%");
+  return e;
+}
+const seconds = ms => (ms < 60000 ? "" : Math.floor(ms / 60000) + " min ") + Math.floor(ms / 1000) % 60 + " s";
+const bytes = n => n < 1024 ? n + " B" : n < 1048576 ? (n / 1024).toFixed(1) + " KB" : (n / 1048576).toFixed(1) + " MB";
+
+async function list() {
+  try {
+    const found = await json("api/tasks?page_size=" + size), text = JSON.stringify([found, view?.id]);
+    if (!view || view.over) $("link").textContent = "";
+    if (text === listed) return;
+    listed = text;
+    const focused = document.activeElement?.getAttribute?.("href");
+    $("tasks").replaceChildren(...found.items.map(task => {
+      const a = el("a", {href: "#" + task.id, dir: "auto", title: task.title}, task.title,
+        el("small", {className: task.status}, task.status + (task.mode === "test" ? " (test)" : "")));
+      if (task.id === view?.id) a.setAttribute("aria-current", "page");
+      return el("li", {}, a);
+    }));
+    if (focused) [...$("tasks").querySelectorAll("a")].find(a => a.getAttribute("href") === focused)?.focus();
+    $("more").hidden = found.total <= size || size >= 100;
+  } catch (error) { $("link").textContent = error.message; }
+}
+
+function open(id) {
+  view?.socket?.close();
+  $("hint").hidden = !!id; $("task").hidden = !id;
+  const fresh = {id, last: 0, tries: 0, queue: [], calls: new Map(), lanes: new Map(), state: {},
+                 began: 0, ended: 0, latest: 0};
+  view = id ? fresh : null;
+  for (const name of ["lanes", "files", "feed", "failure", "now", "cost", "status", "link"]) $(name).replaceChildren();
+  $("zip").hidden = true;
+  list();
+  if (id) json("api/tasks/" + id).then(task => {
+    if (view?.id !== id) return;
+    $("title").textContent = task.title; $("text").textContent = task.input_prompt;
+    document.title = task.title + " - streamer";
+    connect(view); files();
+  }).catch(error => gone(error.message));
+}
+function gone(message) {
+  if (view) view.over = true;
+  $("failure").textContent = message;
+  for (const name of ["run", "cancel", "delete"]) $(name).hidden = true;
+  list();
+}
+
+function connect(mine) {
+  const url = new URL(`ws/tasks/${mine.id}?start=false&after=${mine.last}`, base);
+  url.protocol = url.protocol.replace("http", "ws");
+  if (token) url.searchParams.set("token", token);
+  const socket = mine.socket = new WebSocket(url);
+  socket.onmessage = ({data}) => { if (mine.queue.push(JSON.parse(data)) === 1) setTimeout(flush, 30, mine); };
+  socket.onclose = ({code}) => {
+    flush(mine);
+    if (mine !== view || socket !== mine.socket) return;
+    if (code === 1000) { $("link").textContent = "ended"; files(); list(); }
+    else if ([1008, 4404].includes(code)) gone(mine.error || "refused");
+    else {
+      mine.lost = true;
+      $("link").textContent = "connection lost, reconnecting after event " + mine.last + " …";
+      setTimeout(() => mine === view && connect(mine), Math.min(5000, 250 * 2 ** mine.tries++));
+    }
+  };
+}
+function flush(mine) {
+  const messages = mine.queue, page = document.documentElement;
+  mine.queue = [];
+  if (mine !== view || !messages.length) return;
+  const follow = page.scrollHeight - page.scrollTop - innerHeight < 120 && page.scrollTop > 0;
+  const added = document.createDocumentFragment();
+  for (const {type, data} of messages) {
+    if (type === "event" && data.event_id > mine.last) { mine.last = data.event_id; add(mine, data, added); }
+    else if (type === "connected") greet(mine, data, added);
+    else if (type === "state") mine.state = data;
+    else if (type === "error") { mine.error = data.message; added.append(el("li", {className: "bad"}, data.message)); }
+  }
+  $("feed").append(added);
+  state(mine); lanes(mine);
+  if (files.due) files();
+  if (follow) scrollTo(0, page.scrollHeight);
+}
+function greet(mine, data, added) {
+  const note = text => added.append(el("li", {className: "note"}, text));
+  const first = data.first_event_id;
+  if (!data.recovered || (mine.last === 0 && first > 1)) note(`events before ${first} are not kept any more`);
+  if (mine.lost) note(`reconnected, resumed after event ${mine.last}`);
+  if (!data.recovered) mine.last = 0;
+  mine.lost = false; mine.tries = 0;
+  $("link").textContent = "live";
+}
+
+function add(mine, event, added) {
+  const {event_type: type, agent_role: role, payload, timestamp} = event, at = Date.parse(timestamp);
+  mine.latest = at;
+  if (type === "TASK_START") { mine.began = at; mine.ended = 0; mine.lanes.clear(); }
+  else if (type.startsWith("TASK_")) { mine.ended = at; for (const lane of mine.lanes.values()) lane.stop(at); }
+  if (role && type.startsWith("AGENT_")) {
+    const bars = [], stop = at => { if (bars.length && !bars.at(-1).to) bars.at(-1).to = at; };
+    const lane = mine.lanes.get(role) || {bars, stop};
+    mine.lanes.set(role, lane);
+    lane.stop(at);
+    if (type === "AGENT_START") lane.bars.push({from: at, action: payload.action || ""});
+  }
+  if (type === "ARTIFACT") files.due = true;
+  const call = type === "TOKEN" && mine.calls.get(payload.call_id);
+  if (call) return call.appendData(payload.message);
+  const head = [el("time", {dateTime: timestamp}, new Date(at).toLocaleTimeString()), " "];
+  if (role) head.push(tint(el("span", {className: "role"}, role), role), " ");
+  const fold = (content, ...said) => [el("details", {open: type === "TOKEN"},
+    el("summary", {}, ...head.splice(0), ...said), el("pre", {dir: "auto", tabIndex: 0}, content))];
+  const text = payload.message, named = role && text.startsWith(role + " ");
+  let body = [el("span", {dir: "auto"}, named ? text.slice(role.length + 1) : text)];
+  if (type === "TOKEN") {
+    const growing = new Text(text);
+    mine.calls.set(payload.call_id, growing);
+    body = fold(growing, el("span", {className: "dim"}, payload.action || "says"));
+  } else if (type === "MESSAGE" && payload.content) body = fold(payload.content, ...body);
+  else if (type === "ARTIFACT" && payload.change !== "deleted")
+    body = [el("button", {className: "plain", onclick: () => show(payload.path)}, text)];
+  added.append(tint(el("li", {className: type}, ...head, ...body), role));
+}
+
+function state(mine) {
+  const {status, progress, cost, last_message, error_message, waiting_on: waits} = mine.state;
+  if (!status) return;
+  $("status").textContent = status + " " + Math.floor(100 * progress) + "%";
+  $("status").className = status; $("progress").value = progress;
+  const tokens = (cost.prompt_tokens + cost.completion_tokens).toLocaleString();
+  $("cost").textContent = `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}, ${tokens} tokens`;
+  $("failure").textContent = error_message || "";
+  $("now").textContent = !waits ? last_message || "" :
+    `${waits.agent_role} waits for its model (${waits.action || "…"}, ${waits.seconds.toFixed(0)} s)`;
+  $("run").hidden = status === "RUNNING" || status === "SUCCEEDED";
+  $("run").textContent = status === "PENDING" ? "Run" : "Run again";
+  $("cancel").hidden = ENDED.includes(status); $("delete").hidden = false;
+}
+function lanes(mine) {
+  const now = mine.ended || Math.max(Date.now() - skew, mine.latest), span = Math.max(1, now - mine.began);
+  $("lanes").replaceChildren(...[...mine.lanes].map(([role, {bars}]) => {
+    const track = el("div", {className: "track"}), last = bars.at(-1), busy = last && !last.to;
+    for (const {from, to, action} of bars) {
+      const bar = el("i", {title: `${action}, ${seconds((to || now) - from)}`});
+      bar.style.left = 100 * (from - mine.began) / span + "%";
+      bar.style.width = 100 * ((to || now) - from) / span + "%";
+      track.append(bar);
+    }
+    const total = bars.reduce((sum, {from, to}) => sum + (to || now) - from, 0);
+    const text = busy ? `${last.action} for ${seconds(now - last.from)}` : `done, ${seconds(total)}`;
+    return tint(el("div", {className: "lane"}, el("span", {className: "role"}, role), track,
+      el("span", {className: busy ? "" : "dim"}, text)), role);
+  }));
+}
+
+async function files() {
+  const id = view?.id;
+  files.due = false;
+  try {
+    const found = await json(`api/tasks/${id}/artifacts`);
+    if (id !== view?.id) return;
+    $("files").replaceChildren(...found.map(({path, size}) => el("li", {},
+      el("button", {className: "plain", onclick: () => show(path)}, path), el("small", {}, " " + bytes(size)))));
+    $("zip").hidden = !found.length;
+  } catch { /* the stream says what is wrong */ }
+}
+async function show(path) {
+  const name = path.split("/").map(encodeURIComponent).join("/");
+  let text;
+  try {
+    const answer = await api(`api/tasks/${view.id}/artifacts/${name}`);
+    if (!answer.headers.get("Content-Type").startsWith("text/plain")) return save(answer, path.split("/").at(-1));
+    text = await answer.text();
+  } catch (error) { text = error.message; }
+  $("content").textContent = text.slice(0, 500000) + (text.length > 500000 ? "\n… (cut)" : "");
+  $("path").textContent = path; $("file").showModal();
+}
+async function save(answer, name) {
+  const url = URL.createObjectURL(await answer.blob());
+  el("a", {href: url, download: name}).click();
+  setTimeout(URL.revokeObjectURL, 60000, url);
+}
+function act(name, work) {
+  $(name).onclick = () => work().catch(error => { $("failure").textContent = error.message; });
+}
+act("zip", async () => save(await api(`api/tasks/${view.id}/artifacts.zip`), view.id + ".zip"));
+act("cancel", () => api(`api/tasks/${view.id}/cancel`, {method: "POST"}));
+act("delete", async () => { await api("api/tasks/" + view.id, {method: "DELETE"}); location.hash = ""; });
+act("run", async () => {
+  await api(`api/tasks/${view.id}/run?restart=${ENDED.includes(view.state.status)}`, {method: "POST"});
+  if (view.socket.readyState > 1) connect(view);
+});
+act("more", async () => { size = 100; await list(); });
+$("form").onsubmit = async event => {
+  event.preventDefault();
+  $("problem").textContent = "";
+  const options = {};
+  for (const input of $("form").querySelectorAll("[name]")) {
+    const {type, checked, value} = input;
+    if (checked !== input.defaultChecked || value !== input.defaultValue)
+      options[input.name] = type === "checkbox" ? checked : type === "number" ? input.valueAsNumber : value;
+  }
+  try {
+    const body = JSON.stringify({input_prompt: $("prompt").value, options});
+    const task = await json("api/tasks", {method: "POST", body});
+    await api(`api/tasks/${task.id}/run`, {method: "POST"});
+    location.hash = task.id;
+  } catch (error) { $("problem").textContent = error.message; }
+};
+onhashchange = () => open(location.hash.slice(1));
+setInterval(() => { if (view && !view.ended && view.began) lanes(view); }, 1000);
+setInterval(list, 5000);
+fetch(new URL("healthz", base)).then(answer => answer.json()).then(({mode}) => {
+  $("mode").textContent = mode === "test" ? "test mode: a scripted team, not MetaGPT" : "";
+});
+onhashchange();
+"""
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>streamer</title><link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head><body>
+<header><h1>streamer</h1><span id="mode"></span><span id="link" role="status"></span></header>
+<div id="app"><nav aria-label="Tasks">
+<form id="form"><label for="prompt">What shall the team build?</label>
+<textarea id="prompt" required dir="auto"></textarea>
+<details><summary>Options</summary>
+<label>Rounds (n_round) <input type="number" name="n_round" min="1" max="50" value="5"></label>
+<label>Budget in US dollars (investment) <input type="number" name="investment" min="0.01" step="any" value="3"></label>
+<label>Project name <input type="text" name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
+<label>Seconds it may take (timeout) <input type="number" name="timeout" min="1" step="any"></label>
+<label><input type="checkbox" name="implement" checked> write the code (implement)</label>
+<label><input type="checkbox" name="code_review" checked> review it (code_review)</label>
+<label><input type="checkbox" name="run_tests"> test it: runs what the model wrote (run_tests)</label></details>
+<button>Start</button><p id="problem" class="bad" role="alert"></p></form>
+<h2>Tasks</h2><ul id="tasks"></ul><button id="more" hidden>Older tasks</button></nav>
+<main><p id="hint" class="dim">Choose a task, or start one.</p><div id="task" hidden>
+<div id="head"><h2 id="title" dir="auto"></h2>
+<div class="row"><strong id="status" role="status"></strong><span id="cost"></span>
+<button id="run">Run</button><button id="cancel">Cancel</button><button id="delete">Delete</button></div>
+<progress id="progress" max="1" aria-label="Progress"></progress><div id="now" class="dim" dir="auto"></div>
+<div id="failure" class="bad" role="alert"></div></div>
+<details><summary>Prompt</summary><pre id="text" dir="auto"></pre></details>
+<h2>Agents</h2><div id="lanes"></div>
+<h2>Files</h2><ul id="files"></ul><button id="zip" hidden>Download all as .zip</button>
+<h2>Timeline</h2><ol id="feed"></ol></div></main></div>
+<dialog id="file" aria-labelledby="path">
+<form method="dialog" class="row"><strong id="path"></strong><button>Close</button></form>
+<pre id="content" dir="auto" tabindex="0"></pre></dialog>
+<script>{PAGE_SCRIPT}</script></body></html>
+"""
+
+
+def _source(text: str) -> str:
+    """A Content-Security-Policy source: what has this hash, and nothing else."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src {_source(PAGE_STYLE)}; "
+    f"script-src {_source(PAGE_SCRIPT)}; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+async def get_page(request: Request) -> Response:
+    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
 
 def connected_message(subscription: Subscription) -> str:
@@ -3126,7 +3543,7 @@ class SocketStream:
 
 
 ROUTES = [
-    Route("/", get_index),
+    Route("/", get_page),
     Route("/healthz", get_health),
     Route("/metrics", get_metrics),
     Route("/api/tasks", create_task, methods=["POST"]),
@@ -3138,6 +3555,7 @@ ROUTES = [
     Route("/api/tasks/{task_id}/cancel", cancel_task, methods=["POST"]),
     Route("/api/tasks/{task_id}/events", get_events),
     Route("/api/tasks/{task_id}/artifacts", list_artifacts),
+    Route("/api/tasks/{task_id}/artifacts.zip", get_zip),
     Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
     WebSocketRoute("/ws/tasks/{task_id}", SocketStream),
     WebSocketRoute("/{path:path}", SocketStream),
@@ -3300,6 +3718,7 @@ EXAMPLES = """examples:
   python streamer.py --test-mode              serve a scripted team, no key needed
   python streamer.py                          serve MetaGPT (OPENAI_API_KEY or ~/.metagpt/config2.yaml)
   python streamer.py run "Build a todo app"   run one task here, in the terminal
+  python streamer.py run "…" --json | jq .    its messages, one a line
 
 A flag is also a variable: --max-running is STREAMER_MAX_RUNNING."""
 
@@ -3307,13 +3726,15 @@ A flag is also a variable: --max-running is STREAMER_MAX_RUNNING."""
 def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="streamer.py",
+        usage='streamer.py [serve | run "what to build" [--json]] [--<setting> VALUE ...]',
         description="Watch a MetaGPT team work, live, over WebSocket and SSE.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
         allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", choices=["serve", "run"], default="serve", help="default: serve")
     parser.add_argument("prompt", nargs="?", help="what to build, for run")
+    parser.add_argument("--json", action="store_true", help="run prints the raw messages")
     for item in fields(Settings):
         flag = f"--{item.name.replace('_', '-')}"
         text = f"{item.metadata['help']} ({'none' if item.default == '' else item.default})"
@@ -3330,7 +3751,7 @@ def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0; 1 where the task failed, 2 for wrong usage or settings, 130 if interrupted."""
     arguments = _arguments(argv)
-    command, prompt = arguments.pop("command"), arguments.pop("prompt")
+    command, prompt, as_json = (arguments.pop(name) for name in ("command", "prompt", "json"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO if command == "serve" else logging.CRITICAL)
     try:
@@ -3339,65 +3760,126 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "serve":
             serve(app, settings)
             return 0
-        return _run(app.state.supervisor, _text({"prompt": prompt}, "prompt", settings.max_prompt))
+        show = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
+        return _run(app.state.supervisor, _text({"prompt": prompt}, "prompt", settings.max_prompt), show)
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
 
 
-def _run(supervisor: Supervisor, prompt: str) -> int:
+def _run(supervisor: Supervisor, prompt: str, transcript: Transcript) -> int:
     try:
-        code = 0 if anyio.run(_run_here, supervisor, prompt) is TaskStatus.SUCCEEDED else 1
+        with transcript:
+            code = 0 if anyio.run(_run_here, supervisor, prompt, transcript) is TaskStatus.SUCCEEDED else 1
     except KeyboardInterrupt:
         code = 130
     leave_threads(supervisor, code)
     return code
 
 
-async def _run_here(supervisor: Supervisor, prompt: str) -> TaskStatus:
+async def _run_here(supervisor: Supervisor, prompt: str, transcript: Transcript) -> TaskStatus:
     async with supervisor.open():
         options = parse_options({}, supervisor.settings.task_timeout)
         task, _ = await supervisor.submit(prompt, prompt[:80], options)
         async with supervisor.watch(task.id) as subscription:
             await supervisor.start(task.id)
-            transcript = Transcript()
             async for events, state in subscription:
                 for message in [*(event.message for event in events), *([state] if state else [])]:
                     transcript.show(json.loads(message))
-        print(f"files: {supervisor.settings.workspace / task.id}")
+        transcript.end(supervisor.settings.workspace / task.id)
         return subscription.broker.task.status
 
 
-class Transcript:
+class Transcript(contextlib.AbstractContextManager[None]):
     """Shows a task's messages as plain lines; the tokens of one model call run on."""
 
     def __init__(self) -> None:
         self._call: str | None = None  # whose tokens the current line holds
+        self._action = ""
         self._progress = -1
+
+    def __exit__(self, *failure: object) -> None: ...
 
     def show(self, message: Mapping[str, Any]) -> None:
         data, kind = message["data"], message["type"]
         if kind == "event" and data["event_type"] == EventType.TOKEN:
             if self._call != data["payload"].get("call_id"):
-                self._line("")
+                self.line("")
                 self._call = data["payload"].get("call_id")
-            print(printable(data["payload"]["message"]), end="", flush=True)
+            self.tokens(printable(data["payload"]["message"]))
         elif kind == "event":
+            if data["event_type"] == EventType.AGENT_START:
+                self._action = f"{data['agent_role']} {data['payload'].get('action') or ''}"
             text = printable(data["payload"]["message"][:300]).replace("\n", " ")
-            self._line(f"[{data['agent_role'] or 'streamer'}] {data['event_type']}: {text}")
+            self.line(f"{data['event_type']}: {text}", data["agent_role"] or "streamer")
         elif kind == "state":
-            if (percent := int(100 * data["progress"])) != self._progress:
-                self._progress = percent
-                self._line(f"-- {data['status']} {percent}% ${data['cost']['total_cost']:.4f}")
+            self.state(data)
         else:
-            self._line(f"{kind}: {printable(data.get('message', ''))}")
+            self.line(f"{kind}: {printable(data.get('message', ''))}")
 
-    def _line(self, text: str) -> None:
+    def end(self, folder: Path) -> None:
+        for path, size, _ in list_files(folder):
+            self.line(f"{size:>9,} bytes  {printable(path)}")
+        self.line(f"files: {folder}")
+
+    def tokens(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+    def state(self, data: Mapping[str, Any]) -> None:
+        if (percent := int(100 * data["progress"])) != self._progress:
+            self._progress = percent
+            self.line(f"-- {data['status']} {percent}% ${data['cost']['total_cost']:.4f}")
+
+    def line(self, text: str, role: str = "") -> None:
         if self._call is not None:
             self._call = None
             print()
         if text:
-            print(text, flush=True)
+            print(f"[{printable(role)}] {text}" if role else text, flush=True)
+
+
+class _Raw(Transcript):
+    """`--json`: the messages as they are, for other programs."""
+
+    def show(self, message: Mapping[str, Any]) -> None:
+        print(encode(message), flush=True)
+
+    def end(self, folder: Path) -> None: ...
+
+
+class Screen(Transcript):
+    """The same on a terminal: what is done scrolls by, below it who is at what, how far, at which cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rich = importlib.import_module("rich.progress")
+        self._text = importlib.import_module("rich.text").Text
+        columns = rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False), rich.BarColumn()
+        self._display = rich.Progress(*columns, rich.TaskProgressColumn(), rich.TimeElapsedColumn())
+        self._bar = self._display.add_task("starting", total=1.0)
+        self._rest = ""  # of a line of tokens
+
+    def __enter__(self) -> None:
+        self._display.start()
+
+    def __exit__(self, *failure: object) -> None:
+        self._display.stop()
+
+    def tokens(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._display.console.print(self._text(line, style="dim"))
+
+    def state(self, data: Mapping[str, Any]) -> None:
+        doing, cost = self._action if data["current_agent"] else data["status"], data["cost"]
+        about = f"{printable(doing)} ${cost['total_cost']:.4f} of ${cost['max_budget']:.2f}"
+        self._display.update(self._bar, completed=data["progress"], description=about)
+
+    def line(self, text: str, role: str = "") -> None:
+        self.tokens("\n" if self._rest else "")
+        if text:
+            styled = self._text.assemble((f"{printable(role)} " if role else "", "bold cyan"), text)
+            self._display.console.print(styled)
 
 
 def printable(text: str) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -2796,6 +2798,36 @@ def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
             assert "secret" not in response.text.replace(path, "").replace("secret.txt", "")
 
 
+def test_zip_holds_the_workspace_in_bounded_memory(tmp_path: Path) -> None:
+    """Every visible file, byte for byte, no link; 400 MB pass through without staying."""
+
+    def runner(run: Run) -> None:
+        (run.workspace / ".git").mkdir(parents=True)
+        (run.workspace / ".git" / "config").write_text("hidden")
+        (run.workspace / "日本.txt").write_text("text")
+        (run.workspace / "link.txt").symlink_to("/etc/hostname")
+        os.truncate(os.open(run.workspace / "large.bin", os.O_CREAT | os.O_WRONLY), 400 << 20)
+
+    with live(runner, tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with client.http.stream("GET", f"/api/tasks/{task_id}/artifacts.zip") as response:
+            assert response.headers["content-type"] == "application/zip"
+            assert f'filename="{task_id}.zip"' in response.headers["content-disposition"]
+            with (tmp_path / "all.zip").open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KB
+        with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+            assert archive.testzip() is None
+            assert {each.filename: each.file_size for each in archive.infolist()} == {
+                "large.bin": 400 << 20,
+                "日本.txt": 4,
+            }
+        assert client.http.get(f"/api/tasks/{'0' * 32}/artifacts.zip").status_code == 404
+
+
 def test_health_and_metrics_count(tmp_path: Path) -> None:
     """healthz says mode and load, metrics is Prometheus text that adds up."""
     with live(burst(7), tmp_path) as client:
@@ -2804,11 +2836,259 @@ def test_health_and_metrics_count(tmp_path: Path) -> None:
         assert (health["status"], health["mode"], health["engine"]) == ("ok", "test", "ready")
         assert health["tasks"] == {"SUCCEEDED": 1}
         text = client.http.get("/metrics").text
-        values = dict(re.findall(r"^(\S+(?:\{.*?\})?) (\d+)$", text, re.MULTILINE))
+        values = dict(re.findall(r"^(\S+(?:\{.*?\})?) ([\d.]+)$", text, re.MULTILINE))
         assert values['streamer_tasks{status="SUCCEEDED"}'] == "1"
         assert (values["streamer_events_total"], values["streamer_deliveries_total"]) == ("10", "10")
-        assert all(line.startswith("# TYPE") or re.fullmatch(r"\S+ \d+", line) for line in text.splitlines())
-        assert "wscat -c ws://" in client.http.get("/").text
+        assert values["streamer_store_up"] == "1"
+        assert values["streamer_model_completion_tokens_total"] == "0"
+        assert text.endswith("\n")
+        kind = ""
+        for line in text.splitlines():
+            if found := re.fullmatch(r"# TYPE (streamer_\w+) (gauge|counter)", line):
+                kind = found[1]
+            else:
+                assert re.fullmatch(rf'{kind}(\{{status="\w+"\}})? \d+(\.\d+)?', line), line
+
+
+def test_log_tells_of_tasks_and_clients(scripted: Client, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """One key=value line a transition, and one a client with its outcome."""
+    with caplog.at_level("INFO", "streamer"), live(burst(3), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        with client.socket(task_id, "after=4") as websocket:
+            websocket.recv()
+        client.http.get(f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"})
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for status in ("PENDING", "RUNNING", "SUCCEEDED"):
+        assert f"task id={task_id} status={status} mode=test" in said
+    assert f"client task={task_id} after=0 events=6 outcome=served" in said
+    assert f"client task={task_id} after=4 events=2 outcome=served" in said
+
+
+# -----------------------------------------------------------------------------
+# The page
+# -----------------------------------------------------------------------------
+
+CHROMIUM_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+)
+ODD_TEXT = "<script>alert(1)</script> **bold** 😀 مرحبا بالعالم <img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """A real Chromium, headless; a page error or a blocked resource fails the test."""
+    executable = needs("chromium")
+    if importlib.util.find_spec("playwright") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("playwright is not installed")
+    with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        context.set_default_timeout(1000 * TIMEOUT)
+        faults: list[str] = []
+        context.on("weberror", lambda error: faults.append(str(error.error)))
+        context.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
+        context.on("dialog", lambda dialog: faults.append(dialog.message))
+        yield context.new_page()
+        browser.close()
+        assert faults == []
+
+
+def fits(page: Any) -> bool:
+    """Nothing sticks out to the right."""
+    return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+
+def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) -> None:
+    """Typed, started, watched, opened and downloaded; by mouse and by keyboard; odd text stays text."""
+    page = chromium
+    page.goto(scripted.url)
+    assert "test mode" in page.inner_text("#mode")
+    page.click("summary:has-text('Options')")
+    page.fill("[name=n_round]", "3")
+    page.fill("#prompt", ODD_TEXT)
+    page.focus("form button")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".lane:has-text('ProductManager')")
+    page.wait_for_selector("#feed pre:has-text('As a user I see')")  # tokens as they come
+    page.wait_for_selector("#status.RUNNING:has-text('25%')")
+    assert page.locator(".lane .track i").count() >= 1
+    assert page.locator(".lane:has-text('Architect'):has-text(' for ')").count() == 1
+    assert fits(page)
+    page.wait_for_selector("#status.SUCCEEDED:has-text('100%')")
+    page.wait_for_selector("#link:has-text('ended')")
+    task = scripted.get("/api/tasks")["items"][0]
+    assert (task["input_prompt"], task["options"]["n_round"]) == (ODD_TEXT, 3)
+    assert page.inner_text("#title") == ODD_TEXT
+    assert page.locator("#task script, #task img, #tasks script, #tasks img").count() == 0
+    assert page.locator("#feed li").count() == len(
+        {event["payload"].get("call_id") or event["event_id"] for event in whole_log(scripted, task["id"])}
+    )
+    assert "of $3.00" in page.inner_text("#cost")
+    message = page.locator("#feed .MESSAGE details").first
+    assert not message.locator("pre").is_visible()
+    message.locator("summary").press("Enter")
+    assert ODD_TEXT in message.locator("pre").inner_text()
+    page.click("#files button:has-text('src/app.py')")
+    page.wait_for_selector("dialog[open] #content:has-text('ENTRIES')")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+    with page.expect_download() as download:
+        page.click("#zip")
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert names == ["docs/prd.md", "docs/system_design.md", "docs/task.md", "src/app.py"]
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert fits(page)
+
+
+def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
+    page, gate = chromium, Gate()
+    with live(gate, tmp_path) as client:
+        page.goto(client.url)
+        page.fill("#prompt", "😀")
+        page.click("form button")
+        page.wait_for_selector("#status.RUNNING")
+        page.click("#cancel")
+        page.wait_for_selector("#status.CANCELLED")
+        gate.go.set()
+        page.click("#run:has-text('Run again')")
+        page.wait_for_selector("#status.SUCCEEDED")
+        assert page.locator("#feed .TASK_START").count() == 2
+        task_id = client.get("/api/tasks")["items"][0]["id"]
+        waiting = client.create("x" * 32000)
+        page.goto(f"{client.url}/#{waiting}")
+        page.wait_for_selector("#status.PENDING")
+        assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"  # to look is not to start
+        assert fits(page)
+        assert client.http.delete(f"/api/tasks/{waiting}").status_code == 204
+        page.wait_for_selector("#failure:has-text('it was deleted')")
+        page.goto(f"{client.url}/#{task_id}")
+        page.wait_for_selector("#status.SUCCEEDED")
+        page.click("#delete")
+        page.wait_for_selector("#hint:visible")
+        assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
+        page.fill("#prompt", "x" * 32001)
+        page.click("form button")
+        page.wait_for_selector("#problem:has-text('1 to 32000 characters')")
+
+
+def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) -> None:
+    """Killed under the page and started again: it says so, resumes after the last event, and misses none."""
+    page = chromium
+    with loopback() as free:
+        port = free.getsockname()[1]
+    with busy(tmp_path, db="streamer.db", port=port) as server:
+        page.goto(server.client.url)
+        page.fill("#prompt", "0.02")
+        page.click("form button")
+        page.wait_for_selector("#feed pre:has-text('token 3 ')")
+        server.stop(signal.SIGKILL)
+        page.wait_for_selector("#link:has-text('connection lost, reconnecting after event')")
+    with busy(tmp_path, db="streamer.db", port=port) as server:
+        page.wait_for_selector("#status.FAILED")
+        page.wait_for_selector("#failure:has-text('interrupted by a restart')")
+        assert page.locator("#feed .note:has-text('reconnected, resumed after event')").count() == 1
+        log = whole_log(server.client, server.client.get("/api/tasks")["items"][0]["id"])
+        tokens = [event["payload"]["message"] for event in log if event["event_type"] == "TOKEN"]
+        assert "".join(page.locator("#feed .TOKEN pre").all_text_contents()) == "".join(tokens)
+        assert page.locator("#feed .TASK_ERROR").count() == 1
+
+
+def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> None:
+    """All of them are there, once, in order, and a click still works."""
+    page = chromium
+    with live(burst(5000), tmp_path) as client:
+        page.goto(client.url)
+        page.fill("#prompt", "many")
+        page.click("form button")
+        page.wait_for_selector("#status.SUCCEEDED")
+        lines = page.locator("#feed .LOG span").all_text_contents()
+        assert lines == [f"line {number}" for number in range(5000)]
+        page.click("summary:has-text('Prompt')")
+        assert page.locator("#text").is_visible()
+
+
+def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
+    """A token in the page's address is taken out of it, and sent in a header."""
+    page, sent = chromium, []
+    page.on("request", lambda request: sent.append((request.url, request.headers.get("authorization"))))
+    page.goto(f"{scripted.url}/?token=abc#")
+    page.wait_for_selector("#mode:has-text('test')")
+    assert "token" not in page.url
+    assert (f"{scripted.url}/api/tasks?page_size=20", "Bearer abc") in sent
+    policy = scripted.http.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+# -----------------------------------------------------------------------------
+# Embedding
+# -----------------------------------------------------------------------------
+
+MOUNTED = """
+import logging, sys, uvicorn
+from contextlib import AsyncExitStack, asynccontextmanager
+from starlette.applications import Starlette
+from streamer import Settings, create_app
+logging.basicConfig(level=logging.INFO)
+one, two = (create_app(Settings(test_mode=True, workspace=name), runner=lambda run: run.emit("LOG", {"message": name}))
+            for name in ("one", "two"))
+@asynccontextmanager
+async def lifespan(app):
+    async with AsyncExitStack() as stack:
+        for each in (one, two):
+            await stack.enter_async_context(each.router.lifespan_context(each))
+        yield
+if sys.argv[1] == "fastapi":
+    from fastapi import FastAPI
+    app = FastAPI(lifespan=lifespan)
+else:
+    app = Starlette(lifespan=lifespan)
+app.mount("/agents/one", one)
+app.mount("/agents/two", two)
+class Server(uvicorn.Server):
+    def _log_started_message(self, listeners):
+        logging.info("listening url=http://127.0.0.1:%d", listeners[0].getsockname()[1])
+Server(uvicorn.Config(app, port=0, log_config=None)).run()
+"""
+
+
+@pytest.mark.parametrize("framework", ["starlette", "fastapi"])
+def test_mounted_under_a_prefix(tmp_path: Path, framework: str) -> None:
+    """Two instances in somebody's application, with its lifespan: each has its own tasks, links carry the prefix."""
+    if framework == "fastapi" and importlib.util.find_spec("fastapi") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("fastapi is not installed")
+    with process("-c", MOUNTED, framework, cwd=tmp_path) as server:
+        for name, count in (("one", 1), ("two", 0)):
+            client = Client(f"{server.client.url}/agents/{name}")
+            assert client.get("/api/tasks")["total"] == 0
+            assert client.http.get("/").headers["content-type"].startswith("text/html")
+            for _ in range(count):
+                created = client.http.post("/api/tasks", json={"input_prompt": "p"})
+                assert created.headers["location"] == f"/agents/{name}/api/tasks/{created.json()['id']}"
+                assert client.watch(created.json()["id"]).last_state["status"] == "SUCCEEDED"
+            assert client.get("/healthz")["tasks"] == ({"SUCCEEDED": 1} if count else {})
+            client.http.close()
+        assert server.stop() in (0, -signal.SIGTERM)
+
+
+def test_uvicorn_factory_serves_it(tmp_path: Path) -> None:
+    """`uvicorn --factory streamer:create_app`, settings from the environment."""
+    command = ["-m", "uvicorn", "--factory", "streamer:create_app", "--port", "0"]
+    with process(*command, cwd=tmp_path, environ={"STREAMER_TEST_MODE": "1"}) as server:
+        assert server.says("Uvicorn running on "), server.errors
+        found = re.search(r"http://\S+", "".join(server.errors))
+        assert found is not None
+        client = Client(found[0])
+        with client.socket(client.create()) as websocket:
+            receive_until(websocket, is_event("TASK_START"))
+        client.http.close()
 
 
 # -----------------------------------------------------------------------------
@@ -2869,6 +3149,35 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         assert command.errors == []
 
 
+def test_run_draws_a_display_on_a_terminal(tmp_path: Path) -> None:
+    """On a real terminal: a bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
+    ours, theirs = os.openpty()
+    os.set_inheritable(theirs, True)
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, SERVER, "run", "Build \x1b[31m one", "--test-mode"]
+    popen = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=environ)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+        while data := os.read(ours, 65536):
+            output += data
+    os.close(ours)
+    assert popen.wait(TIMEOUT) == 0
+    text = output.decode()
+    for part in ("Engineer WriteCode", "100%", "$0.0000 of $3.00", "src/app.py", "files: ", "\x1b[2m# Requirements"):
+        assert part in text, part
+    assert "\x1b[31m" not in text.split("ProductManager")[0]
+
+
+def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
+    with process(SERVER, "run", "Build", "--test-mode", "--json", cwd=tmp_path) as command:
+        assert command.wait() == 0
+        messages = [json.loads(line) for line in command.output.splitlines()]
+    assert messages[0]["type"] == "state"
+    assert [message["data"]["event_type"] for message in messages if message["type"] == "event"][-1] == "TASK_COMPLETE"
+    assert messages[-1]["data"]["status"] == "SUCCEEDED"
+
+
 def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
     """Ctrl-C exits 130 without a traceback; a failed task exits 1 with its reason on the screen."""
     with process(SERVER, "run", "Build", "--test-mode", cwd=tmp_path) as command:
@@ -2920,13 +3229,14 @@ def test_wrong_metagpt_configuration_exits_2(tmp_path: Path, config: str, compla
 
 
 def test_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
-    """--help names every setting."""
+    """--help names every setting, in 40 lines."""
     with process(SERVER, "--help", cwd=tmp_path) as command:
         assert command.wait() == 0
         text = command.output.decode()
+    assert len(text.splitlines()) <= 40
     assert "examples:" in text
     assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == {
-        name.replace("_", "-") for name in Settings.__dataclass_fields__
+        name.replace("_", "-") for name in [*Settings.__dataclass_fields__, "json"]
     }
 
 
