@@ -3028,7 +3028,7 @@ async def get_metrics(request: Request) -> Response:
 # The page: one document, no framework, nothing from elsewhere. All text goes in as text, never as HTML.
 PAGE_STYLE = r"""
 :root { color-scheme: light dark; --bg: #fff; --box: #f4f5f7; --fg: #1b1f24; --dim: #5d6673; --line: #d5d9df;
-  --link: #0a58c2; --good: #1a7f37; --bad: #b42318; --tone: 45%; font: 15px/1.45 system-ui, sans-serif; }
+  --link: #0a58c2; --good: #1a7f37; --bad: #b42318; --tone: 36%; font: 15px/1.45 system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) {
   :root { --bg: #14171b; --box: #1e2329; --fg: #e4e7eb; --dim: #9aa4b0; --line: #363d46; --link: #7ab7ff; --good:
     #4ac26b; --bad: #ff8a7d; --tone: 68%; }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import configparser
 import contextlib
 import dataclasses
 import functools
@@ -26,6 +27,7 @@ import random
 import re
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -49,6 +51,7 @@ import httpx2
 import pytest
 import redis
 import uvicorn
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from starlette.applications import Starlette
@@ -3293,7 +3296,7 @@ def test_readme_lines_work_as_written(scripted: Client, tmp_path: Path) -> None:
 def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: RedisServer) -> None:
     """The configuration as the README shows it, but for its ports: HTTP, WebSocket and SSE, and one replica killed."""
     nginx = needs("nginx")
-    config = re.findall(r"```nginx\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[0]
+    config = readme_example("nginx", "upstream")
     with replicas(2, redis_server, tmp_path) as servers, loopback() as free:
         port = str(free.getsockname()[1])
         ports = [server.client.url.rsplit(":", 1)[1] for server in servers]
@@ -3329,6 +3332,81 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
             client.http.close()
 
 
+def readme_example(language: str, part: str) -> str:
+    """The README's one block in a language that holds `part`."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if part in block]
+    return str(found)
+
+
+def test_readme_python_client_runs(scripted: Client, tmp_path: Path) -> None:
+    code = readme_example("python", "websockets.sync").replace("127.0.0.1:8000", scripted.url.removeprefix("http://"))
+    with process("-c", code, cwd=tmp_path) as client:
+        assert client.wait() == 0, client.errors
+        assert b"TASK_COMPLETE 4 files" in client.output
+
+
+def test_readme_javascript_client_runs(scripted: Client, chromium: Any) -> None:
+    said: list[str] = []
+    chromium.on("console", lambda message: said.append(message.text))
+    chromium.goto(scripted.url)
+    with chromium.expect_console_message(lambda message: message.text.startswith("closed")) as closed:
+        chromium.evaluate(f"async () => {{ {readme_example('js', 'WebSocket')} }}")
+    assert closed.value.text == "closed 1000"
+    assert "TASK_COMPLETE 4 files, 4 rounds, $0.0000" in said
+
+
+def test_readme_mounting_example_runs(tmp_path: Path) -> None:
+    code = readme_example("python", "Mount(")
+    code += (
+        "from starlette.testclient import TestClient\nwith TestClient(app) as c: print(c.get('/agents/healthz').json())"
+    )
+    with process("-c", code, cwd=tmp_path) as client:
+        assert client.wait() == 0, client.errors
+        assert b"'status': 'ok'" in client.output
+
+
+def test_readme_commands_run_as_written(tmp_path: Path) -> None:
+    """Those with `.venv/bin/python`, but for installing (CI does that) and the tests; at a free port if they serve."""
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"\.venv/bin/python ([^`&\n#]*)", text)
+    seen = set()
+    for command in {command.strip() for command in commands}:
+        words = [word.replace("$TASK", "0" * 32) for word in shlex.split(command)]
+        if words[:2] == ["-m", "pytest"] or "bench" in words:
+            continue
+        seen.add(words[0])
+        serves = words[0] == "streamer.py" and "run" not in words
+        words[0] = str(HERE / words[0])
+        environ = {"STREAMER_PORT": "0", "OPENAI_API_KEY": KEY, "STREAMER_TASK_TIMEOUT": "1"}
+        if "--port" in words:
+            words[words.index("--port") + 1] = "0"
+        with process(*words, cwd=tmp_path, environ=environ) as started:
+            if serves:
+                assert started.says("listening url="), started.errors
+            else:  # a task that is cut short at one second; no such task
+                assert started.wait() in (1, 2), started.errors
+                assert "usage" not in "".join(started.errors)
+    assert seen == {"streamer.py", "test_streamer.py"}
+
+
+def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
+    """The Compose file and the unit: by their own tools where they are installed, their syntax anywhere."""
+    compose = readme_example("yaml", "services:")
+    services = yaml.safe_load(compose)["services"]
+    assert services["streamer"]["healthcheck"]["test"][:2] == ["CMD", "python"]
+    compile(services["streamer"]["healthcheck"]["test"][3], "healthcheck", "exec")
+    (tmp_path / "compose.yaml").write_text(compose)
+    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+        subprocess.run(["docker", "compose", "config", "--quiet"], cwd=tmp_path, check=True)
+    unit = readme_example("ini", "[Service]")
+    configparser.ConfigParser(strict=True).read_string(unit)
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "streamer.service").write_text(unit.replace("/srv/streamer/.venv/bin/python", sys.executable))
+        done = subprocess.run(["systemd-analyze", "verify", "./streamer.service"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_readme_names_every_setting_and_route() -> None:
     """The README's tables are complete."""
     text = (HERE / "README.md").read_text()
@@ -3341,9 +3419,7 @@ def test_readme_names_every_setting_and_route() -> None:
 
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
     """The runner of one's own, as the README shows it."""
-    text = (HERE / "README.md").read_text()
-    example = re.findall(r"```python\n(from streamer import.*?)```", text, re.DOTALL)[0]
-    code = example.replace("Settings()", "Settings(port=0, test_mode=True)")
+    code = readme_example("python", "def runner").replace("Settings()", "Settings(port=0, test_mode=True)")
     code = "import logging\nlogging.basicConfig(level='INFO')\n" + code
     with process("-c", code, cwd=tmp_path) as server:
         record = server.client.watch(server.client.create())
