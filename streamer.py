@@ -520,11 +520,16 @@ def _dump(value: Task | TaskState) -> str:
 
 
 def _load(task: str, state: str) -> Record:
-    task_values, values = json.loads(task), json.loads(state)
-    waiting = tuple(values.pop("waiting") or ()) or None
-    for each in (task_values, values):
-        each["status"] = TaskStatus(each["status"])
-    return Task(**task_values), TaskState(**values, waiting=waiting)
+    try:
+        task_values, values = json.loads(task), json.loads(state)
+        waiting = tuple(values.pop("waiting") or ()) or None
+        for each in (task_values, values):
+            each["status"] = TaskStatus(each["status"])
+        return Task(**task_values), TaskState(**values, waiting=waiting)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreUnavailable(
+            f"a task cannot be read, perhaps another version of streamer wrote it: {error}"
+        ) from None
 
 
 class Sweep(NamedTuple):
@@ -617,9 +622,11 @@ class _LocalStore:
         for _ in ():
             yield
 
-    def _check_claim(self, state: TaskState) -> None:
-        if state.task_id not in self._claimed:
-            raise LeaseLost(f"task {state.task_id} is not claimed")
+    def _check_claim(self, task_id: str) -> None:
+        if task_id not in self._claimed:
+            raise LeaseLost(f"task {task_id} is not claimed")
+
+    def _end_claim(self, state: TaskState) -> None:
         if state.status in ENDED:
             self._claimed.discard(state.task_id)
 
@@ -685,7 +692,8 @@ class MemoryStore(_LocalStore):
         row = self._rows.get(state.task_id)
         if row is None:
             raise _not_found(state.task_id)
-        self._check_claim(state)
+        self._check_claim(state.task_id)
+        self._end_claim(state)
         row.task, row.state = task or row.task, state
         row.log.extend(events)
         excess = len(row.log) - self._settings.max_events
@@ -749,7 +757,7 @@ class SqliteStore(_LocalStore):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._path = Path(settings.db).expanduser().absolute()
+        self._path = Path(settings.db).expanduser().resolve()
         self._pending: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
         self._one_reader = anyio.CapacityLimiter(1)
@@ -818,9 +826,9 @@ class SqliteStore(_LocalStore):
         except sqlite3.Error as error:
             if self._writer.in_transaction:
                 self._writer.rollback()
-            if len(operations) > 1:  # one task's fault stops no other
+            if 0 < len(outcomes) < len(operations):  # the fault is one operation's: the others go on without it
                 return [outcome for operation in operations for outcome in self._commit([operation])]
-            return [(None, self._unavailable(error))]
+            return [(None, self._unavailable(error))] * len(operations)
 
     def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
         return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
@@ -908,10 +916,9 @@ class SqliteStore(_LocalStore):
             if oldest > 0:
                 db.execute("DELETE FROM events WHERE task_id = ? AND event_id <= ?", (key, oldest))
 
-        if key not in self._claimed:
-            raise LeaseLost(f"task {key} is not claimed")
+        self._check_claim(key)
         await self._write(write)
-        self._check_claim(state)
+        self._end_claim(state)
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
         query = "SELECT event_id, event_type, data FROM events WHERE task_id = ? AND event_id > ? ORDER BY event_id"
@@ -943,6 +950,8 @@ class SqliteStore(_LocalStore):
                 self._claimed.discard(task_id)
 
     async def sweep(self) -> Sweep:
+        if self.error:
+            await self._write(lambda db: None)  # does it work again?
         query = "SELECT id, status, updated_at FROM tasks WHERE status = 'RUNNING' OR updated_at < ?"
         rows = await self._read(lambda db: db.execute(query, (self._limit(),)).fetchall())
         idle = [(task_id, status == TaskStatus.RUNNING) for task_id, status, _ in rows if task_id not in self._claimed]
@@ -952,10 +961,13 @@ class SqliteStore(_LocalStore):
         return Sweep([task_id for task_id, running in idle if running], expired)
 
 
-# Redis: what must be one step is a script. One hash, one stream a task, an index, and a lease a replica.
+# Redis: what must be one step is a script. One hash and one stream a task, an index, and a lease a replica.
 INDEX, TASK, LOG, LEASE = "streamer:tasks", "streamer:task:", "streamer:log:", "streamer:lease:"
+NEWS = "streamer:news"  # a channel: the hash that was written to, or nothing where a sweep is asked for
 CREATE = """
-if redis.call('EXISTS', KEYS[2]) == 1 then return 'exists' end
+if redis.call('EXISTS', KEYS[2]) == 1 then  -- by this very call, if its answer got lost
+  return redis.call('HGET', KEYS[2], 'task') == ARGV[2] and {} or 'exists'
+end
 local excess, forgotten = redis.call('ZCARD', KEYS[1]) + 1 - ARGV[5], {}
 for _, id in ipairs(excess > 0 and redis.call('ZRANGE', KEYS[1], 0, -1) or {}) do
   local status = redis.call('HGET', ARGV[6] .. id, 'status')
@@ -982,43 +994,45 @@ end
 return found
 """
 CLAIM = """
-local task = redis.call('HMGET', KEYS[1], 'status', 'owner', 'task', 'state')
-if redis.call('EXISTS', ARGV[2] .. ARGV[1]) == 0 then return {'lapsed'} end
-local wanted = false
+local task, wanted = redis.call('HMGET', KEYS[1], 'status', 'owner', 'task', 'state'), false
 for i = 3, #ARGV do wanted = wanted or task[1] == ARGV[i] end
-local started = task[2] and (task[1] == 'PENDING' or task[1] == 'RUNNING')
-if not wanted or (started and task[2] ~= ARGV[1] and redis.call('EXISTS', ARGV[2] .. task[2]) == 1) then return {} end
+local owned = task[2] and task[2] ~= ARGV[1] and redis.call('EXISTS', ARGV[2] .. task[2]) == 1
+if owned or not wanted then return {} end
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'cancel')
+for i = 1, 2 do redis.call('PERSIST', KEYS[i]) end
 return {task[3], task[4]}
 """
-RELEASE = "if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('HDEL', KEYS[1], 'owner') end"
+RELEASE = """
+if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then
+  redis.call('HDEL', KEYS[1], 'owner', 'cancel')
+  for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[2]) end
+end
+"""
 CANCEL = """
-local status = redis.call('HGET', KEYS[1], 'status')
-if status == 'PENDING' or status == 'RUNNING' then redis.call('HSET', KEYS[1], 'cancel', '1') end
+if redis.call('HEXISTS', KEYS[1], 'owner') == 1 then redis.call('HSET', KEYS[1], 'cancel', '1') end
 redis.call('PUBLISH', ARGV[1], '')
 """
 WRITE = """
-if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
+local mine = redis.call('HGET', KEYS[1], 'owner') == ARGV[1]
 local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
-local last, first = newest and tonumber(string.match(newest[1], '%d+')) or 0, tonumber(ARGV[7])
-if first and first <= last then  -- all of it is here already: it was the answer that got lost
-  return ARGV[#ARGV - 2] + 0 == last and 1 or redis.error_reply('ERR events out of order')
+if ARGV[8] and newest and tonumber(ARGV[8]) <= tonumber(string.match(newest[1], '%d+')) then
+  if newest[1] == ARGV[#ARGV - 2] .. '-0' and newest[2][4] == ARGV[#ARGV] then return 1 end  -- the answer got lost
+  if mine then return redis.error_reply('ERR events out of order') end
 end
+if not mine then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
-if ARGV[3] ~= '' then
-  redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4])
-  if ARGV[3] ~= 'RUNNING' then redis.call('HDEL', KEYS[1], 'cancel') end
-end
-for i = 7, #ARGV, 3 do
+for i = 8, #ARGV, 3 do
   redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], ARGV[i] .. '-0', 'type', ARGV[i + 1], 'data', ARGV[i + 2])
 end
-for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[6]) end
-redis.call('PUBLISH', KEYS[1], '')
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4]) end
+if ARGV[3] ~= '' and ARGV[3] ~= 'PENDING' and ARGV[3] ~= 'RUNNING' then
+  redis.call('HDEL', KEYS[1], 'owner', 'cancel')
+  for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[6]) end
+end
+redis.call('PUBLISH', ARGV[7], KEYS[1])
 return 1
 """
-
-
 SCRIPTS = {"create": CREATE, "scan": SCAN, "claim": CLAIM, "release": RELEASE, "cancel": CANCEL, "write": WRITE}
 
 
@@ -1031,49 +1045,50 @@ class _Scanned(NamedTuple):
 
 
 class RedisStore:
-    """A Redis that several replicas share. Each holds a lease while it lives; what it claimed is its own that long.
+    """A Redis that several replicas share. Each keeps a lease while it lives; the tasks of one whose lease ran out
+    can be claimed by another, and then no longer be written to by it.
 
     Calls are tried again while Redis is away, until `lease` seconds after it last answered. Raises
     SettingsError where it cannot be reached at the start.
     """
 
-    CANCELS = "streamer:cancels"  # a channel
-    PAGE = 256  # events read at once
+    PAGE, PAGE_BYTES = 256, 1 << 20  # of events read at once
 
     def __init__(self, settings: Settings) -> None:
         self.error: str | None = None
         self._settings, self._lease = settings, settings.lease
         self._max_age = math.ceil(settings.max_age)
         self._replica = uuid.uuid4().hex
-        self._claimed: set[str] = set()
-        self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # channel → who waits for news
+        self._claiming: set[str] = set()
+        self._claimed: dict[str, object] = {}
+        self._page = self.PAGE
+        self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # hash → who waits for news of it
         self._attention = asyncio.Event()
-        self._asyncio, self._errors = (
-            importlib.import_module("redis.asyncio"),
-            importlib.import_module("redis").exceptions,
-        )
+        self._asyncio = importlib.import_module("redis.asyncio")
+        self._errors = importlib.import_module("redis").exceptions
+        # A connection that closes under a command is a RuntimeError of uvloop's.
+        self._away = (self._errors.ConnectionError, self._errors.TimeoutError, OSError, RuntimeError)
         self._options: dict[str, Any] = {"socket_timeout": min(5.0, self._lease), "decode_responses": True}
         try:
             parts = urlsplit(settings.redis_url)
             where = f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
             self._url = f"{parts.scheme}://{where}"  # without user and password
             redis = importlib.import_module("redis").Redis.from_url(settings.redis_url, **self._options)
-        except ValueError:  # whose text may hold the password
-            form = "redis://[[user]:password@]host[:port][/number], with % escapes in the password"
-            raise SettingsError(f"redis_url must be {form}") from None
-        try:
             with redis:
                 redis.ping()
         except self._errors.RedisError as error:
             raise SettingsError(f"the Redis at {self._url} cannot be used: {error}") from None
+        except (ValueError, TypeError):  # whose text may hold the password
+            form = "redis://[[user]:password@]host[:port][/number], with % escapes in the password"
+            raise SettingsError(f"redis_url must be {form}") from None
 
     @contextlib.asynccontextmanager
     async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
         self._notify = notify
         self._answered = time.monotonic()
-        pool = self._asyncio.BlockingConnectionPool.from_url(
-            self._settings.redis_url, max_connections=32, **self._options
-        )
+        self._trust_from = self._answered + self._lease / 2
+        pool = self._asyncio.BlockingConnectionPool
+        pool = pool.from_url(self._settings.redis_url, max_connections=32, **self._options)
         async with self._asyncio.Redis.from_pool(pool) as self._redis:
             self._scripts = {name: self._redis.register_script(text) for name, text in SCRIPTS.items()}
             await self._renew()
@@ -1081,24 +1096,30 @@ class RedisStore:
                 group.start_soon(self._listen)
                 yield
                 group.cancel_scope.cancel()
+            with anyio.move_on_after(1, shield=True), contextlib.suppress(self._errors.RedisError, *self._away):
+                await self._redis.delete(LEASE + self._replica)  # another may go on at once
 
     async def _listen(self) -> None:
-        """What other replicas say: news of tasks that are followed here, and that a task is to be cancelled."""
+        """Passes on what other replicas tell: news of tasks, and that something is asked of this one."""
         while True:
-            with contextlib.suppress(self._errors.RedisError, OSError):
-                async with self._redis.pubsub() as self._pubsub:
-                    await self._pubsub.subscribe(self.CANCELS, *self._news)
+            with contextlib.suppress(self._errors.RedisError, *self._away):
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(NEWS)
                     while True:
-                        if message := await self._pubsub.get_message(timeout=self._lease):
-                            for event in self._news.get(message["channel"], {self._attention}):
-                                event.set()
+                        if (message := await pubsub.get_message(timeout=self._lease)) is None:
+                            continue
+                        told = self._news.get(message["data"], set()) if message["data"] else {self._attention}
+                        if message["type"] != "message":  # subscribed, perhaps again: something may have got lost
+                            told = {self._attention}.union(*self._news.values())
+                        for event in told:
+                            event.set()
             await anyio.sleep(0.2)
 
     async def _call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         while True:
             try:
                 answer = await command()
-            except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+            except self._away as error:
                 silent = time.monotonic() - self._answered
                 self._say(f"the Redis at {self._url} cannot be reached: {error}")
                 if silent > self._lease:
@@ -1109,6 +1130,8 @@ class RedisStore:
                 raise StoreUnavailable(str(self.error)) from None
             else:
                 self._answered = time.monotonic()
+                if self.error:  # others may not have renewed their leases yet
+                    self._trust_from = self._answered + self._lease / 2
                 self._say(None)
                 return answer
 
@@ -1120,15 +1143,8 @@ class RedisStore:
     async def _script(self, name: str, keys: Sequence[str], *values: Any) -> Any:
         return await self._call(partial(self._scripts[name], keys, values))
 
-    async def _renew(self) -> Sequence[str]:
-        """Renews the lease; returns the tasks that are lost where it had run out."""
-        if await self._call(lambda: self._redis.pexpire(LEASE + self._replica, int(1000 * self._lease))):
-            return []
-        self._replica = uuid.uuid4().hex
-        await self._call(lambda: self._redis.set(LEASE + self._replica, "", px=int(1000 * self._lease)))
-        lost = list(self._claimed)
-        self._claimed.clear()
-        return lost
+    async def _renew(self) -> None:
+        await self._call(partial(self._redis.set, LEASE + self._replica, "", px=int(667 * self._lease)))
 
     async def create(self, task: Task) -> Sequence[str]:
         values = task.id, _dump(task), _dump(TaskState(task_id=task.id)), self._max_age
@@ -1166,7 +1182,7 @@ class RedisStore:
     async def forget(self, task_id: str) -> None:
         async def forget() -> Any:
             async with self._redis.pipeline() as pipe:
-                pipe.delete(TASK + task_id, LOG + task_id).zrem(INDEX, task_id).publish(TASK + task_id, "")
+                pipe.delete(TASK + task_id, LOG + task_id).zrem(INDEX, task_id).publish(NEWS, TASK + task_id)
                 return await pipe.execute()
 
         await self._call(forget)
@@ -1174,19 +1190,22 @@ class RedisStore:
     async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
         task_id = state.task_id
         values: list[Any] = [_dump(state), task.status if task else "", _dump(task) if task else ""]
-        values += [self._settings.max_events, self._max_age]
+        values += [self._settings.max_events, self._max_age, NEWS]
         for event in events:
             values += (event.event_id, event.event_type.value, event.data)
-        keys = [TASK + task_id, LOG + task_id, LEASE + self._replica]
+        keys = [TASK + task_id, LOG + task_id]
         if task_id not in self._claimed or not await self._script("write", keys, self._replica, *values):
-            self._claimed.discard(task_id)
-            raise LeaseLost(f"task {task_id} is not this replica's any more: its lease had run out")
+            self._claimed.pop(task_id, None)
+            raise LeaseLost(f"task {task_id} is not this replica's any more: another took it over")
         if state.status in ENDED:
-            self._claimed.discard(task_id)
+            del self._claimed[task_id]
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        start, count = f"{after + 1}-0", min(limit, self.PAGE)
-        found = await self._call(lambda: self._redis.xrange(LOG + task_id, start, count=count))
+        start, count = f"{after + 1}-0", min(limit, self._page)
+        found = await self._call(partial(self._redis.xrange, LOG + task_id, start, count=count))
+        if found:  # so that the next page has about PAGE_BYTES
+            average = sum(len(entry["data"]) for _, entry in found) / len(found)
+            self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
         return [Event.restored(int(key[:-2]), entry["type"], entry["data"]) for key, entry in found]
 
     async def first_event_id(self, task_id: str) -> int:
@@ -1194,39 +1213,40 @@ class RedisStore:
         return found[0].event_id if found else 1
 
     async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
-        if task_id in self._claimed:
+        if task_id in self._claimed or task_id in self._claiming:
             return None
-        self._claimed.add(task_id)
-        record = None
+        self._claiming.add(task_id)
         try:
-            found = await self._script("claim", [TASK + task_id], self._replica, LEASE, *statuses)
-            if found == ["lapsed"]:
-                raise StoreUnavailable("this replica's lease had run out; try again")
-            record = _load(*found) if found else None
-            return record
+            keys = [TASK + task_id, LOG + task_id]
+            if not (found := await self._script("claim", keys, self._replica, LEASE, *statuses)):
+                return None
+            self._claimed[task_id] = object()
+            return _load(*found)
         finally:
-            if record is None:
-                self._claimed.discard(task_id)
+            self._claiming.discard(task_id)
 
     async def release(self, task_id: str) -> None:
-        self._claimed.discard(task_id)
-        await self._script("release", [TASK + task_id], self._replica)
+        self._claimed.pop(task_id, None)
+        await self._script("release", [TASK + task_id, LOG + task_id], self._replica, self._max_age)
 
     async def sweep(self) -> Sweep:
-        lost = await self._renew()
-        for key in [kind + task_id for task_id in self._claimed for kind in (TASK, LOG)]:
-            await self._call(partial(self._redis.expire, key, self._max_age))
-        orphans, expired, cancels = [], [], []
-        for row in await self._scan():
-            gone = not row.alive or (row.owner == self._replica and row.task_id not in self._claimed)
-            if not row.status:
-                if await self._call(partial(self._redis.zrem, INDEX, row.task_id)):
-                    expired.append(row.task_id)
-            elif gone and (row.status == TaskStatus.RUNNING or (row.owner and row.status == TaskStatus.PENDING)):
-                orphans.append(row.task_id)
-            if row.cancel and row.task_id in self._claimed:
-                cancels.append(row.task_id)
-        return Sweep(orphans, expired, lost, cancels)
+        held = dict(self._claimed)
+        await self._renew()
+        orphans, expired, lost, cancels = [], [], [], []
+        for task_id, status, owner, alive, cancel in await self._scan():
+            if self._claimed.get(task_id):
+                if owner != self._replica and self._claimed[task_id] is held.get(task_id):
+                    lost.append(task_id)
+                elif cancel:
+                    cancels.append(task_id)
+            elif not status:
+                if await self._call(partial(self._redis.zrem, INDEX, task_id)):
+                    expired.append(task_id)
+            elif status in ENDED or (status == TaskStatus.PENDING and not owner):
+                continue
+            elif not alive or (owner == self._replica and task_id not in self._claiming):
+                orphans.append(task_id)
+        return Sweep(orphans if time.monotonic() > self._trust_from else (), expired, lost, cancels)
 
     async def pause(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
@@ -1234,31 +1254,31 @@ class RedisStore:
         self._attention.clear()
 
     async def cancel(self, task_id: str) -> bool:
-        await self._script("cancel", [TASK + task_id], self.CANCELS)
-        while await self._call(lambda: self._redis.hexists(TASK + task_id, "cancel")):  # noqa: ASYNC110
+        await self._script("cancel", [TASK + task_id], NEWS)
+        while True:
+            asked, owner = await self._call(partial(self._redis.hmget, TASK + task_id, "cancel", "owner"))
+            if not asked:
+                return True
+            if not owner:
+                return False
             await anyio.sleep(0.02)
-        return True
 
     async def heard(self, task_id: str) -> None:
-        await self._call(lambda: self._redis.hdel(TASK + task_id, "cancel"))
+        await self._call(partial(self._redis.hdel, TASK + task_id, "cancel"))
 
     async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
-        channel, event = TASK + task_id, asyncio.Event()
-        self._news[channel].add(event)
+        event = asyncio.Event()
+        self._news[TASK + task_id].add(event)
         try:
-            with contextlib.suppress(self._errors.RedisError, OSError):
-                await self._pubsub.subscribe(channel)  # its confirmation is the first of the news
             while True:
+                yield
                 with anyio.move_on_after(self._lease / 3):  # news may get lost
                     await event.wait()
                 event.clear()
-                yield
         finally:
-            self._news[channel].discard(event)
-            if not self._news[channel]:
-                del self._news[channel]
-                with anyio.CancelScope(shield=True), contextlib.suppress(self._errors.RedisError, OSError):
-                    await self._pubsub.unsubscribe(channel)
+            self._news[TASK + task_id].discard(event)
+            if not self._news[TASK + task_id]:
+                del self._news[TASK + task_id]
 
 
 def open_store(settings: Settings) -> Store:
@@ -1298,7 +1318,7 @@ class Broker:
         self.closing: StreamerError | None = None
         self.notice: str | None = None
         self.follower: anyio.CancelScope | None = None
-        self._catching_up = anyio.Lock()
+        self._moving = anyio.Lock(fast_acquire=True)  # the place in the log: nobody else looks while it moves
         self.subscriptions: set[Subscription] = set()
         self.loop = asyncio.get_running_loop()
         self._beats: asyncio.TimerHandle | None = None
@@ -1316,27 +1336,30 @@ class Broker:
 
         `again`: the task begins anew, on the same log. Raises what the store does; then nothing has changed.
         """
-        start = self.state.last_event_id + 1
-        events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
-        state = TaskState(task_id=self.task.id) if again else self.state
-        changes: dict[str, Any] = {"last_event_id": start - 1 + len(events)}
-        for draft in drafts:
-            if draft.event_type is EventType.AGENT_START:
-                changes["current_agent"] = draft.agent_role
-            if draft.event_type not in (EventType.TOKEN, EventType.LOG):
-                changes["last_message"] = draft.message
-        changes |= values
-        if "progress" in changes:  # never falls while a run lasts
-            changes["progress"] = max(state.progress, round(min(changes["progress"], 1.0), 3))
-        state = replace(state, **changes)
-        if task or state != self.state:
-            await self.store.write(state, events, task)
-            self._adopt(state, events, task or self.task)
+        async with self._moving:
+            start = self.state.last_event_id + 1
+            events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
+            changes: dict[str, Any] = {"last_event_id": start - 1 + len(events)}
+            for draft in drafts:
+                if draft.event_type is EventType.AGENT_START:
+                    changes["current_agent"] = draft.agent_role
+                if draft.event_type not in (EventType.TOKEN, EventType.LOG):
+                    changes["last_message"] = draft.message
+            changes |= values
+            state = TaskState(task_id=self.task.id) if again else self.state
+            if "progress" in changes:  # never falls while a run lasts
+                changes["progress"] = max(state.progress, round(min(changes["progress"], 1.0), 3))
+            state = replace(state, **changes)
+            if task or state != self.state:
+                await self.store.write(state, events, task)
+                self._adopt(state, events, task or self.task)
 
-    async def catch_up(self, record: Record | None = None) -> None:
-        """Hands over what another process has stored, up to `record`. Raises TaskNotFound, StoreUnavailable."""
-        async with self._catching_up:
-            task, state = record or await self.store.load(self.task.id)
+    async def catch_up(self) -> None:
+        """Hands over what is stored by now, whoever did it. Raises TaskNotFound, StoreUnavailable."""
+        async with self._moving:
+            if self.owned:
+                return
+            task, state = await self.store.load(self.task.id)
             while (last := self.state.last_event_id) < state.last_event_id and not self.owned:
                 events = await self.store.read(self.task.id, last, Subscription.PAGE)
                 if not events or self.owned:
@@ -2313,7 +2336,9 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """The time the service lives; at its end every run is stopped and every client told."""
+        """The time the service lives; at its end every run is stopped and every client told. Comes once."""
+        if self._closing:
+            raise RuntimeError("this application has been closed; create_app makes another")
         async with self.store.opened(self._on_store), anyio.create_task_group() as self._group:
             self._group.start_soon(self._load_engine)
             self._group.start_soon(self._sweep)
@@ -2362,10 +2387,10 @@ class Supervisor:
             try:
                 sweep = await self.store.sweep()
                 for task_id in sweep.expired:
-                    await self._clear_away(task_id)
+                    self._group.start_soon(self._clear_away, task_id)
                 for task_id in sweep.lost:
                     if active := self._active.get(task_id):
-                        active.store_error = LeaseLost("this replica's lease had run out")
+                        active.store_error = LeaseLost("another replica took it over")
                         active.stop(StopReason.STORE, self.settings.grace)
                 for task_id in sweep.cancels:
                     if active := self._active.get(task_id):
@@ -2378,15 +2403,15 @@ class Supervisor:
                 logger.error("sweep error=%r", str(error))
             except Exception:
                 logger.exception("sweep fault")
-            await self.store.pause(self.settings.lease / 3)
+            await self.store.pause(self.settings.lease / 6)
 
     async def _take_over(self, task_id: str) -> None:
         """An orphan: a run that was cut off is FAILED; what waited for its turn gets one here."""
         reason = self._unsaid.get(task_id, "interrupted by a restart or a failure of the server that ran it")
-        if broker := await self._claim(task_id, {TaskStatus.RUNNING}):
-            await self._conclude(self._activate(broker), Outcome(error=RunFailed(reason)))
-        else:
-            with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):
+        with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):  # the next sweep sees it again
+            if broker := await self._claim(task_id, {TaskStatus.RUNNING}):
+                await self._conclude(self._activate(broker), Outcome(error=RunFailed(reason)))
+            else:
                 await self.start(task_id)
 
     @property
@@ -2452,10 +2477,10 @@ class Supervisor:
         if task.status in ENDED and not (restart and task.status in RESTARTABLE):
             again = "; POST …/run?restart=true runs it again" if task.status in RESTARTABLE else ""
             raise TaskEnded(f"task {task_id} has ended ({task.status}){again}")
+        self._check_room(task_id)
         with anyio.CancelScope(shield=True):  # a claim that nobody takes up would stay
             if broker := await self._claim(task_id, {task.status}):
                 try:
-                    self._check_room(task_id)
                     if broker.ended:
                         await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
                     self._check_room(task_id)
@@ -2480,7 +2505,7 @@ class Supervisor:
                 active.stop(StopReason.CANCEL, self.settings.grace)
                 return task
             if active or task.status in ENDED:
-                raise TaskEnded(f"task {task_id} has ended ({task.status}): there is nothing to cancel")
+                raise TaskEnded(f"task {task_id} has ended or is about to ({task.status}): there is nothing to cancel")
             with anyio.CancelScope(shield=True):
                 if broker := await self._claim(task_id, {TaskStatus.PENDING}):
                     active = self._activate(broker)
@@ -2525,17 +2550,15 @@ class Supervisor:
         self._refuse_if_closing()
         if self.clients >= self.settings.max_sockets:
             raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
-        record, first = await self.store.load(task_id), await self.store.first_event_id(task_id)
-        broker = self._broker(*record)
+        first = await self.store.first_event_id(task_id)
+        broker = await self._caught_up(*await self.store.load(task_id))
         broker.first_event_id = first
         subscription = broker.subscribe(after, types)
+        self._follow(broker)
         self.clients += 1
         self.counters["clients"] += 1
         outcome = "left"
         try:
-            if not broker.owned:
-                await broker.catch_up()  # with what happened since it was loaded
-                self._follow(broker)
             yield subscription
             outcome = "served"
         except StreamerError as error:
@@ -2561,17 +2584,29 @@ class Supervisor:
             broker = self._brokers[task.id] = Broker(task, state, self.store, self.settings)
         return broker
 
+    async def _caught_up(self, task: Task, state: TaskState) -> Broker:
+        """The task's broker when it has handed over all that was stored before this was called."""
+        while True:
+            broker = self._broker(task, state)
+            try:
+                await broker.catch_up()
+            except StreamerError:
+                self._release(broker)
+                raise
+            if self._brokers.get(task.id) is broker:  # else its last watcher has left meanwhile
+                return broker
+
     async def _claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Broker | None:
         """The broker of a task that is this process's to run; None where its status is another, or somebody has it."""
         if (record := await self.store.claim(task_id, statuses)) is None:
             return None
-        while not (broker := self._broker(*record)).owned:
-            try:
-                await broker.catch_up(record)
-            except StreamerError:
-                await self._disclaim(broker)
-                raise
-            broker.owned = self._brokers.get(task_id) is broker  # or its last watcher has left meanwhile
+        try:
+            broker = await self._caught_up(*record)
+        except StreamerError:
+            with contextlib.suppress(StreamerError):  # it runs out by itself
+                await self.store.release(task_id)
+            raise
+        broker.owned = True
         return broker
 
     async def _disclaim(self, broker: Broker) -> None:
@@ -2589,7 +2624,7 @@ class Supervisor:
 
     def _follow(self, broker: Broker) -> None:
         """Follows what another process writes, while anybody watches and it is not this one that does."""
-        if broker.follower is None and broker.subscriptions and not broker.ended:
+        if broker.follower is None and broker.subscriptions and not broker.owned and not broker.ended:
             broker.follower = anyio.CancelScope()
             self._group.start_soon(self._following, broker, broker.follower)
 
@@ -2615,6 +2650,7 @@ class Supervisor:
                 broker.follower.cancel()
 
     async def _clear_away(self, task_id: str) -> None:
+        self._unsaid.pop(task_id, None)
         if broker := self._brokers.pop(task_id, None):
             broker.close(TaskNotFound(f"task {task_id} not found: it was deleted"))
         folder = self.settings.workspace / task_id
@@ -2731,9 +2767,11 @@ class Supervisor:
     async def _leave(self, active: ActiveRun) -> None:
         """Ends this process's part in a task whose end is not stored: the log tells it, once it can be written."""
         broker = active.broker
-        with contextlib.suppress(StreamerError):
-            await self.store.release(broker.task.id)
+        if active.stop_reason is not StopReason.SHUTDOWN:  # then whoever comes next takes it over as it is
+            with contextlib.suppress(StreamerError):
+                await self.store.release(broker.task.id)
         self._finish(active)
+        logger.warning("task id=%s left=%r", broker.task.id, str(active.store_error or active.stop_reason))
         if isinstance(active.store_error, LeaseLost | TaskNotFound):
             self._unsaid.pop(broker.task.id, None)  # it is somebody else's to say
             self._follow(broker)
@@ -3756,7 +3794,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO if command == "serve" else logging.CRITICAL)
     try:
         settings = Settings.from_environ(**arguments)
-        app = create_app(settings)
+        app = create_app(settings, store=MemoryStore(settings) if command == "run" else None)
         if command == "serve":
             serve(app, settings)
             return 0

@@ -722,7 +722,9 @@ async def test_store_sweep_finds_orphans(stored: dict[str, Any]) -> None:
         await run(store, "a")
         assert not any(await store.sweep())
         await store.release("a")
-        assert list((await store.sweep()).orphans) == ["a"]
+        with anyio.fail_after(TIMEOUT):
+            while list((await store.sweep()).orphans) != ["a"]:
+                await store.pause(0.1)
         assert await store.claim("a", {TaskStatus.RUNNING}) is not None
         assert not any(await store.sweep())
 
@@ -814,28 +816,32 @@ def busy(folder: Path, **settings: Any) -> Iterator[Process]:
 
 
 class Witness:
-    """A client that writes down every event it sees, until its connection ends."""
+    """A client that writes down every message it gets, until its connection ends."""
 
     def __init__(self, client: Client, task_id: str, query: str = "") -> None:
         self.task_id = task_id
         self.messages: list[dict[str, Any]] = []
         self.close_code: int | None = None
-        self.seen = threading.Event()  # an event came
-        connected = threading.Event()
+        self._heard = threading.Condition()
 
         def read() -> None:
             with client.socket(task_id, query) as websocket:
                 with contextlib.suppress(ConnectionClosed):
                     for text in websocket:
-                        self.messages.append(json.loads(text))
-                        connected.set()
-                        if self.messages[-1]["type"] == "event":
-                            self.seen.set()
+                        with self._heard:
+                            self.messages.append(json.loads(text))
+                            self._heard.notify_all()
                 self.close_code = websocket.close_code
 
         self._thread = threading.Thread(target=read)
         self._thread.start()
-        assert connected.wait(TIMEOUT)
+        self.wait_for(lambda: self.messages)
+
+    def wait_for(self, happened: Callable[[], Any]) -> Any:
+        with self._heard:
+            found = self._heard.wait_for(happened, TIMEOUT)
+            assert found, self.messages[-3:]
+            return found
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -845,19 +851,21 @@ class Witness:
     def states(self) -> list[dict[str, Any]]:
         return [message["data"] for message in self.messages if message["type"] == "state"]
 
+    def sees(self, count: int = 1) -> None:
+        """Waits for so many events."""
+        self.wait_for(lambda: len(self.events) >= count)
+
     def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first state that fits, waited for."""
-        deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline:
-            for state in self.states:
-                if wanted(state):
-                    return state
-            time.sleep(0.01)
-        raise AssertionError(self.messages[-3:])
+        return dict(self.wait_for(lambda: next(filter(wanted, self.states), None)))
+
+    def lives(self, seconds: float) -> bool:
+        """Whether its connection outlasts so many seconds."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
 
     def join(self) -> list[dict[str, Any]]:
-        self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive(), self.messages[-3:]
+        assert not self.lives(TIMEOUT), self.messages[-3:]
         return self.events
 
 
@@ -873,11 +881,8 @@ def whole_log(client: Client, task_id: str, after: int = 0) -> list[dict[str, An
 
 def settled(client: Client, task_id: str) -> dict[str, Any]:
     """The task, once it has ended."""
-    deadline = time.monotonic() + TIMEOUT
-    while (task := client.get(f"/api/tasks/{task_id}"))["status"] in ("PENDING", "RUNNING"):
-        assert time.monotonic() < deadline, task
-        time.sleep(0.02)
-    return dict(task)
+    client.watch(task_id, "start=false")
+    return dict(client.get(f"/api/tasks/{task_id}"))
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
@@ -901,9 +906,10 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
             waiting = tasks.pop()
             before = [Witness(client, task_id) for task_id in tasks for _ in range(2)]
             for witness in before[::2]:
-                assert witness.seen.wait(TIMEOUT)
+                witness.sees()
             assert client.post(f"/api/tasks/{waiting}/run").status_code == 202
-            time.sleep(chance.random() * 0.2)
+            for witness in before[::2]:
+                witness.sees(chance.randrange(1, 200))
             server.stop(signal.SIGKILL)
             for witness in before:
                 witness.join()
@@ -922,7 +928,7 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         paged, task = whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")
         cut = server.client.create("0.001")
         witness = Witness(server.client, cut)
-        assert witness.seen.wait(TIMEOUT)
+        witness.sees()
         rows = sqlite3.connect(f"file:{tmp_path}/streamer.db?mode=ro", uri=True).execute(
             "SELECT json_extract(data, '$.payload.message') FROM events WHERE task_id = ? AND event_type = 'TOKEN'",
             (done,),
@@ -967,7 +973,7 @@ def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
     with busy(tmp_path, db="streamer.db", lease=1) as server:
         task_id = server.client.create("0.001")
         witness = Witness(server.client, task_id)
-        assert witness.seen.wait(TIMEOUT)
+        witness.sees()
         size = max(path.stat().st_size for path in tmp_path.glob("streamer.db*"))
         resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size + 4096, resource.RLIM_INFINITY))
         seen = witness.join()
@@ -996,22 +1002,19 @@ def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
         with contextlib.closing(sqlite3.connect(tmp_path / "streamer.db", isolation_level=None)) as shell:
             for task_id, patience in zip(tasks, (0.3, TIMEOUT), strict=True):
                 witness = Witness(server.client, task_id)
-                assert witness.seen.wait(TIMEOUT)
+                witness.sees()
                 shell.execute("BEGIN IMMEDIATE")
-                witness._thread.join(patience)
+                lives = witness.lives(patience)
                 shell.execute("ROLLBACK")
-                if patience < 1:
-                    count = len(witness.events)
-                    deadline = time.monotonic() + TIMEOUT
-                    while len(witness.events) <= count:
-                        assert time.monotonic() < deadline
-                        time.sleep(0.01)
+                if lives:
+                    witness.sees(len(witness.events) + 1)
                     server.client.post(f"/api/tasks/{task_id}/cancel")
                     witness.join()
                     assert witness.close_code == 1000
                 else:
                     assert "database is locked" in witness.messages[-1]["data"]["message"]
                     assert settled(server.client, task_id)["status"] == "FAILED"
+                    assert server.client.get("/healthz")["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -1043,11 +1046,13 @@ def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
 
 
 def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to("streamer.db")
     with busy(tmp_path, db="streamer.db") as first:
         assert first.client.get("/healthz")["store"] == "ok"
-        with process(SERVER, "--test-mode", "--port", "0", "--db", "streamer.db", cwd=tmp_path) as second:
-            assert second.wait() == 2
-        assert "another streamer uses it" in second.errors[-1]
+        for name in ("streamer.db", "link.db"):
+            with process(SERVER, "--test-mode", "--port", "0", "--db", name, cwd=tmp_path) as second:
+                assert second.wait() == 2
+            assert "another streamer uses it" in second.errors[-1]
 
 
 def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
@@ -1055,9 +1060,7 @@ def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
     with busy(tmp_path, db="streamer.db") as server:
         task_id = server.client.create("0.0005")
         witness = Witness(server.client, task_id)
-        deadline = time.monotonic() + TIMEOUT
-        while len(witness.events) < 500 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        witness.sees(500)
         server.stop()
         witness.join()
     path = tmp_path / "streamer.db"
@@ -1103,24 +1106,37 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
             with ThreadPoolExecutor(3) as pool:
                 witnesses = list(pool.map(lambda server, task=task_id: Witness(server.client, task), servers))
             for witness in witnesses:
-                assert witness.seen.wait(TIMEOUT)
+                witness.sees()
                 witness.until(lambda state: state["status"] == "RUNNING")
+            for server in servers:  # another replica takes a client over where it was
+                moved = Witness(server.client, task_id, f"after={witnesses[0].events[-1]['event_id']}")
+                assert moved.messages[0]["data"]["recovered"]
+                witnesses.append(moved)
             running = [server.client.get("/healthz")["running"] for server in servers]
             assert sorted(running) == [0, 0, 1]
-            again = servers[2].client.http.post(
+            repeated = servers[2].client.http.post(
                 "/api/tasks", json={"input_prompt": "0.001"}, headers={"Idempotency-Key": f"round {round_}"}
             )
-            assert (again.status_code, again.json()["id"]) == (200, task_id)
+            assert (repeated.status_code, repeated.json()["id"]) == (200, task_id)
             stranger = servers[(running.index(1) + 1) % 3].client
             assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             seen = [witness.join() for witness in witnesses]
             assert seen[0] == seen[1] == seen[2] == whole_log(stranger, task_id)
+            assert all(part == seen[0][-len(part) :] for part in seen[3:])
             assert [event["event_id"] for event in seen[0]] == list(range(1, len(seen[0]) + 1))
             assert [event["event_type"] for event in seen[0]].count("TASK_START") == 1
             assert seen[0][-1]["event_type"] == "TASK_CANCELLED"
-            assert [witness.states[-1]["status"] for witness in witnesses] == ["CANCELLED"] * 3
-            assert [witness.close_code for witness in witnesses] == [1000] * 3
+            assert [witness.states[-1]["status"] for witness in witnesses] == ["CANCELLED"] * 6
+            assert [witness.close_code for witness in witnesses] == [1000] * 6
             assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 409
+            with ThreadPoolExecutor(3) as pool:
+                path = f"/api/tasks/{task_id}/run?restart=true"
+                answers = list(pool.map(lambda server, path=path: server.client.post(path).status_code, servers))
+            assert answers == [202] * 3
+            again = Witness(stranger, task_id, f"after={seen[0][-1]['event_id']}")
+            again.until(lambda state: state["status"] == "RUNNING")
+            assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+            assert [event["event_type"] for event in again.join()].count("TASK_START") == 1
         listed = [server.client.get("/api/tasks")["items"] for server in servers]
         assert listed[0] == listed[1] == listed[2]
         assert len(listed[0]) == 5
@@ -1157,7 +1173,7 @@ def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_serve
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
         own = Witness(first.client, task_id)
-        assert own.seen.wait(TIMEOUT)
+        own.sees()
         other = Witness(second.client, task_id)
         first.popen.send_signal(signal.SIGSTOP)
         seen = other.join()
@@ -1165,15 +1181,44 @@ def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_serve
         first.popen.send_signal(signal.SIGCONT)
         assert own.join() == seen == whole_log(first.client, task_id)
         assert own.close_code == 1000
-        deadline = time.monotonic() + TIMEOUT
-        while (health := first.client.get("/healthz"))["running"]:
-            assert time.monotonic() < deadline
-        assert health["abandoned"] == 0
+        assert first.says(f"task id={task_id} left=")
+        health = first.client.get("/healthz")
+        assert (health["running"], health["abandoned"]) == (0, 0)
         assert whole_log(second.client, task_id) == seen
         fresh = Witness(first.client, first.client.create("0.001"))  # it has a new lease
-        assert fresh.seen.wait(TIMEOUT)
+        fresh.sees()
         assert second.client.post(f"/api/tasks/{fresh.task_id}/cancel").status_code == 202
         fresh.join()
+
+
+def test_replica_that_is_stopped_hands_over_what_waits(tmp_path: Path, redis_server: RedisServer) -> None:
+    """SIGTERM: what ran is CANCELLED, what waited for its turn there gets one at the other; its watcher sees it."""
+    with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
+        task_id, queued = first.client.create("0.001"), first.client.create("0.01")
+        for each in (task_id, queued):
+            assert first.client.post(f"/api/tasks/{each}/run").status_code == 202
+        witness = Witness(second.client, queued, "start=false")
+        first.stop()
+        witness.until(lambda state: state["status"] == "RUNNING")
+        assert settled(second.client, task_id)["status"] == "CANCELLED"
+        assert second.client.post(f"/api/tasks/{queued}/cancel").status_code == 202
+        witness.join()
+
+
+def test_replica_that_misses_news_catches_up(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Its subscription is cut while clients come and go: nobody misses an event, no run ends."""
+    with replicas(2, redis_server, tmp_path) as (first, second):
+        task_id = first.client.create("0.001")
+        assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
+        stays = Witness(second.client, task_id)
+        for _ in range(10):
+            with second.client.socket(task_id, "types=AGENT_START") as websocket:
+                websocket.recv()
+                redis_server("CLIENT", "KILL", "TYPE", "pubsub")
+            stays.sees(len(stays.events) + 10)
+        assert first.client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+        assert stays.join() == whole_log(second.client, task_id)
+        assert "Traceback" not in "".join(first.errors + second.errors)
 
 
 def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -1192,11 +1237,9 @@ def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisSe
             witness.join()
             assert witness.close_code in (1000, 4404)
         assert not folder.exists()
+        assert servers[0].says(f"task id={task_id} ")
         for client in (first, second):
             assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
-            deadline = time.monotonic() + TIMEOUT
-            while client.get("/healthz")["running"]:
-                assert time.monotonic() < deadline
         assert redis_server("KEYS", f"*{task_id}*") == []
 
 
@@ -1206,24 +1249,20 @@ def test_redis_goes_away_and_comes_back(tmp_path: Path, redis_server: RedisServe
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
         own = Witness(first.client, task_id)
-        assert own.seen.wait(TIMEOUT)
+        own.sees()
         other = Witness(second.client, task_id)
-        assert other.seen.wait(TIMEOUT)
+        other.sees()
         redis_server.kill()
         try:
             said = own.until(lambda state: "cannot be reached" in (state["error_message"] or ""))
             assert said["status"] == "RUNNING"
-            own._thread.join(away)
+            assert own.lives(away) == (away < 1)
             health = first.client.http.get("/healthz")
             assert (health.status_code, health.json()["status"]) == (503, "error")
         finally:
             redis_server.start()
         if away < 1:
-            count = len(own.events)
-            deadline = time.monotonic() + TIMEOUT
-            while len(own.events) < count + 100:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            own.sees(len(own.events) + 100)
             assert second.client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             log = own.join()
             assert (log, own.close_code) == (other.join(), 1000)
@@ -1262,7 +1301,7 @@ def test_redis_that_is_absent_or_refuses_exits_2(tmp_path: Path, redis_server: R
 def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServer) -> None:
     with replicas(1, redis_server, tmp_path) as (server,):
         witness = Witness(server.client, server.client.create("0.001"))
-        assert witness.seen.wait(TIMEOUT)
+        witness.sees()
         redis_server("CONFIG", "SET", "maxmemory", "1")
         try:
             witness.join()
@@ -3304,20 +3343,14 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
             config = config.replace(f":{old}", f":{new}")
         (tmp_path / "nginx.conf").write_text(config.replace("http {", "http { access_log off;"))
         free.close()
-        command = [nginx, "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off; pid nginx.pid;"]
-        proxy = subprocess.Popen([*command, "-p", str(tmp_path)])
+        command = [nginx, "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf", "-g", "pid nginx.pid;"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # it listens when this returns
         client = Client(f"http://127.0.0.1:{port}")
         try:
-            deadline = time.monotonic() + TIMEOUT
-            reachable = False
-            while not reachable:
-                with socket.socket() as probe:
-                    reachable = probe.connect_ex(("127.0.0.1", int(port))) == 0
-                assert time.monotonic() < deadline
             task_id = client.create("0.001")
             witnesses = [Witness(client, task_id) for _ in range(4)]
             for witness in witnesses:
-                assert witness.seen.wait(TIMEOUT)
+                witness.sees()
             accept = {"Accept": "text/event-stream"}
             with client.http.stream("GET", f"/api/tasks/{task_id}/events", headers=accept) as response:
                 assert "connected" in next(response.iter_lines())
@@ -3327,8 +3360,7 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
             servers[0].stop(signal.SIGKILL)
             assert [client.get(f"/api/tasks/{task_id}")["status"] for _ in range(4)] == ["CANCELLED"] * 4
         finally:
-            proxy.terminate()
-            proxy.wait()
+            subprocess.run([*command, "-s", "stop"], check=True, stderr=subprocess.DEVNULL)
             client.http.close()
 
 
