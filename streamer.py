@@ -34,6 +34,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import hmac
 import importlib
 import importlib.util
 import io
@@ -44,6 +45,7 @@ import os
 import re
 import shutil
 import sqlite3
+import stat
 import struct
 import sys
 import threading
@@ -79,16 +81,19 @@ import anyio.lowlevel
 import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import QueryParams
+from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 __all__ = ["EventType", "Run", "Settings", "create_app", "run_metagpt", "run_scripted", "serve"]
 
@@ -115,8 +120,12 @@ class Settings:
     Raises SettingsError, which names the field, for a value out of its range.
     """
 
-    host: str = _setting("127.0.0.1", "address to listen on, a loopback one: there is no authentication")
+    host: str = _setting("127.0.0.1", "address to listen on; one that others reach needs a token")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
+    token: str = _setting("", "what clients must show: Authorization: Bearer …")
+    allowed_origins: tuple[str, ...] = _setting((), "origins of web pages that may use it, besides its own page's")
+    allowed_hosts: tuple[str, ...] = _setting((), "host names it is reached by, besides loopback ones")
+    allow_run_tests: bool = _setting(False, "allow the option run_tests, which executes what a model wrote")
     test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
     workspace: Path = _setting(Path("workspace"), "folder of the tasks' files, one folder a task")
     max_running: int = _setting(4, "tasks that run at once", low=1)
@@ -143,15 +152,32 @@ class Settings:
                 raise SettingsError(f"{item.name} must be a number of at least {low:g}, not {value!r}")
         if self.port > 65535:
             raise SettingsError(f"port must be at most 65535, not {self.port}")
-        if self.host not in ("localhost", "::1") and not re.fullmatch(r"127(\.\d{1,3}){3}", self.host):
-            why = "there is no authentication yet; put a proxy that has it in front"
-            raise SettingsError(f"host must be a loopback address such as 127.0.0.1, not {self.host!r}: {why}")
+        if not is_loopback(self.host) and not self.token:
+            how = "set STREAMER_TOKEN, for example to what `openssl rand -hex 16` prints"
+            raise SettingsError(f"host {self.host!r} can be reached from other machines, so a token is needed: {how}")
+        if self.token and not re.fullmatch(r"[!-~]{8,}", self.token):
+            raise SettingsError("token must be at least 8 characters, ASCII without blanks")
+        for origin in self.allowed_origins:
+            if parse_origin(origin) is None:
+                raise SettingsError(f"allowed_origins must be like https://example.com, not {origin!r}")
+        for host in self.allowed_hosts:
+            if parse_host(host) != (host.strip("[]").lower(), None):
+                raise SettingsError(f"allowed_hosts must be names or addresses without a port, not {host!r}")
         if self.db and self.redis_url:
             raise SettingsError("db and redis_url are two places for the same log: set one of them")
         try:  # MetaGPT's git library changes the process's current folder while it works
             object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
         except RuntimeError as error:
             raise SettingsError(f"workspace must be a folder, not {str(self.workspace)!r}: {error}") from None
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The hosts, besides loopback ones, that this service is."""
+        return frozenset(host.strip("[]").lower() for host in (*self.allowed_hosts, self.host))
+
+    @functools.cached_property
+    def origins(self) -> frozenset[tuple[str, str, int] | None]:
+        return frozenset(map(parse_origin, self.allowed_origins))
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **flags: str | None) -> Settings:
@@ -165,7 +191,7 @@ class Settings:
                 text = environ.get(source)
             if text is not None:
                 try:
-                    values[name] = parse_bool(text) if kind is bool else kind(text)
+                    values[name] = PARSERS.get(kind, kind)(text)
                 except ValueError:
                     noun = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
                     raise SettingsError(f"{source} must be {noun}, not {text!r}") from None
@@ -179,6 +205,31 @@ def parse_bool(text: str) -> bool:
     if text.lower() in ("false", "no", "off", "0"):
         return False
     raise ValueError(text)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Comma-separated."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+PARSERS: Mapping[Any, Callable[[str], Any]] = {bool: parse_bool, tuple[str, ...]: parse_names}
+
+
+def parse_origin(text: str) -> tuple[str, str, int] | None:
+    """RFC 6454: scheme, host and port; None for what is no web page's origin, as `null`."""
+    scheme, _, rest = text.lower().partition("://")
+    host, default = parse_host(rest), {"http": 80, "https": 443}.get(scheme)
+    return (scheme, host[0], host[1] or default) if host and default else None
+
+
+def parse_host(text: str) -> tuple[str, int | None] | None:
+    """RFC 9110, 7.2: the host of a Host header, without brackets, and its port."""
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", text.lower())
+    return (found[1].strip("[]"), int(found[2]) if found[2] else None) if found else None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 # -----------------------------------------------------------------------------
@@ -203,6 +254,9 @@ class StreamerError(Exception):
 
 # fmt: off
 class InvalidRequest(StreamerError, status=400, close_code=1008): ...
+class Unauthorized(StreamerError, status=401, close_code=1008): ...
+class Forbidden(StreamerError, status=403, close_code=1008): ...
+class MisdirectedRequest(StreamerError, status=421, close_code=1008): ...
 class UnsupportedMediaType(StreamerError, status=415, close_code=1008): ...
 class RequestTimeout(StreamerError, status=408, close_code=1008): ...
 class PayloadTooLarge(StreamerError, status=413, close_code=1009): ...
@@ -2552,6 +2606,8 @@ class Supervisor:
             raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
         first = await self.store.first_event_id(task_id)
         broker = await self._caught_up(*await self.store.load(task_id))
+        if (active := self._active.get(task_id)) and active.store_error:  # what it has stored is not certain
+            raise StoreUnavailable(f"{active.store_error}; try again")
         broker.first_event_id = first
         subscription = broker.subscribe(after, types)
         self._follow(broker)
@@ -2820,7 +2876,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 # -----------------------------------------------------------------------------
 
 
-def _supervisor(connection: Request | WebSocket) -> Supervisor:
+def _supervisor(connection: HTTPConnection) -> Supervisor:
     supervisor: Supervisor = connection.app.state.supervisor
     return supervisor
 
@@ -2849,6 +2905,33 @@ def _types(params: QueryParams) -> frozenset[EventType] | None:
     parse = lambda text: frozenset(map(EventType, text.split(","))) if text else None  # noqa: E731
     types: frozenset[EventType] | None = _query(params, "types", None, parse, f"some of {','.join(EventType)}")
     return types
+
+
+def check_access(connection: HTTPConnection) -> None:
+    """Who may come in: by the names this service has, from pages it knows, with the token. Raises what is wrong.
+
+    Web pages anywhere can make a browser on this machine send requests here: `Host` stops those whose own name
+    was made to point here (DNS rebinding), `Origin` all others.
+    """
+    settings = _supervisor(connection).settings
+    hosts, origins = (connection.headers.getlist(name) for name in ("host", "origin"))
+    host = parse_host(hosts[0]) if len(hosts) == 1 else None
+    if host is None or not (is_loopback(host[0]) or host[0] in settings.names):
+        name = shown(", ".join(hosts))
+        raise MisdirectedRequest(f"Host {name} is not a name of this service; allowed_hosts names them")
+    for text in origins:
+        origin = parse_origin(text)
+        own = origin is not None and origin[1:] == (host[0], host[1] or {"http": 80, "https": 443}[origin[0]])
+        if not own and origin not in settings.origins:
+            raise Forbidden(f"Origin {shown(text)} is not allowed; allowed_origins names those that are")
+    path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
+    if settings.token and path not in ("/", "/healthz"):
+        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+        if connection.scope["type"] == "websocket" or path.endswith("/events"):  # what a browser opens has no header
+            given = given or connection.query_params.get("token", "")
+            scheme = scheme or "bearer"
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), settings.token.encode()):
+            raise Unauthorized("a token is needed: the header `Authorization: Bearer …`, or `?token=` in a browser")
 
 
 async def _json_object(request: Request, limit: int, patience: float) -> dict[str, Any]:
@@ -2897,6 +2980,10 @@ async def create_task(request: Request) -> Response:
     prompt = _text(body, "input_prompt", settings.max_prompt)
     title = _text(body, "title", 200) if "title" in body else prompt.strip().splitlines()[0][:80]
     options = parse_options(body.get("options", {}), settings.task_timeout)
+    if options["run_tests"] and not settings.allow_run_tests:
+        raise Forbidden(
+            "options.run_tests executes what the model wrote; a server started with --allow-run-tests does it"
+        )
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
@@ -2965,30 +3052,40 @@ async def list_artifacts(request: Request) -> Response:
 async def get_artifact(request: Request) -> Response:
     """One file the team wrote: as plain text where it is text, as a download where not."""
     task, path = await _supervisor(request).get(request.path_params["task_id"]), request.path_params["path"]
-    found = await anyio.to_thread.run_sync(_read_artifact, _supervisor(request).settings.workspace / task.id, path)
-    if found is None:
+    file = await anyio.to_thread.run_sync(open_inside, _supervisor(request).settings.workspace / task.id, path)
+    if file is None:
         raise ArtifactNotFound(f"artifact {shown(path)} not found; GET /api/tasks/{task.id}/artifacts lists what is")
-    file, is_text = found
-    headers = {"X-Content-Type-Options": "nosniff"}
-    if is_text:
-        return FileResponse(file, media_type="text/plain; charset=utf-8", headers=headers)
-    return FileResponse(file, media_type="application/octet-stream", filename=file.name, headers=headers)
-
-
-def _read_artifact(root: Path, path: str) -> tuple[Path, bool] | None:
-    """The file and whether it is text; None where it is none of the workspace's: hidden, outside, or a link out."""
     try:
-        file = (root / path).resolve(strict=True)
-        inside = file.relative_to(root.resolve())
-        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
-            return None
-        with file.open("rb") as opened:
-            codecs.getincrementaldecoder("utf-8")().decode(opened.read(65536))
-            return file, True
+        codecs.getincrementaldecoder("utf-8")().decode(os.pread(file.fileno(), 65536, 0))
     except UnicodeDecodeError:
-        return file, False
-    except (OSError, ValueError):
-        return None
+        return _OpenedFile(file, filename=Path(path).name, media_type="application/octet-stream")
+    return _OpenedFile(file, media_type="text/plain; charset=utf-8")
+
+
+class _OpenedFile(FileResponse):
+    """A file that is open already: whatever its name means by now, this is what was looked at."""
+
+    def __init__(self, file: io.FileIO, **kwargs: Any) -> None:
+        self._file = file
+        super().__init__(f"/dev/fd/{file.fileno()}", stat_result=os.fstat(file.fileno()), **kwargs)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
+def open_inside(root: Path, path: str) -> io.FileIO | None:
+    """A regular file below `root`; None for what is hidden, outside, or a link to there, even if swapped meanwhile."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(root / path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would be waited for
+        file = stack.enter_context(io.FileIO(descriptor))
+        named = (root / path).resolve(strict=True)
+        hidden = any(part.startswith(".") for part in named.relative_to(root.resolve()).parts)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and os.path.samestat(status, named.lstat()) and not hidden:
+            stack.pop_all()
+            return file
+    return None
 
 
 class _Sink(io.RawIOBase):
@@ -3016,9 +3113,7 @@ def zipped(root: Path) -> Iterator[bytes]:
         for path, _, modified in list_files(root):
             entry = zipfile.ZipInfo(path, time.gmtime(max(modified / 1e9, 315532800))[:6])  # which begins in 1980
             entry.compress_type = zipfile.ZIP_DEFLATED
-            try:
-                file = open(root / path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))  # noqa: SIM115
-            except OSError:  # deleted since it was listed
+            if (file := open_inside(root, path)) is None:  # deleted since it was listed
                 continue
             with file, archive.open(entry, "w", force_zip64=True) as target:
                 while chunk := file.read(1 << 18):
@@ -3417,8 +3512,6 @@ PAGE_HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src {_source(PAGE_STYLE)}; "
     f"script-src {_source(PAGE_SCRIPT)}; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
 }
 
 
@@ -3496,8 +3589,15 @@ class SocketStream:
 
     async def _serve(self) -> None:
         websocket, params = self._websocket, self._websocket.query_params
+        refusal: StreamerError | None = None
+        try:
+            check_access(HTTPConnection(websocket.scope))  # while there are headers: an idle socket keeps none
+        except StreamerError as error:
+            refusal = error
         await websocket.accept()
         try:
+            if refusal:
+                raise refusal
             start = _query(params, "start", True, parse_bool, "true or false")
             after, types = _whole(params, "after", 0), _types(params)
             task_id = websocket.path_params.get("task_id", websocket.url.path)  # another path is no task either
@@ -3608,13 +3708,51 @@ ROUTES = [
 async def _on_error(request: Request, error: Exception) -> Response:
     """Every error as JSON: ours, Starlette's own (404, 405), and faults, which the log tells of."""
     if isinstance(error, StreamerError):
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+        headers |= {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
         return JSONResponse({"error": error.as_dict()}, error.status, headers)
     if isinstance(error, HTTPException):
         code = error.detail.lower().replace(" ", "_")
         message = f"{request.method} {shown(request.url.path)}: {error.detail}"
         return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
-    return JSONResponse({"error": {"code": "internal_error", "message": "the server failed; its log says why"}}, 500)
+    fault = {"code": "internal_error", "message": "the server failed; its log says why"}
+    return JSONResponse({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
+
+
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+def without_token(record: logging.LogRecord) -> bool:
+    """A logging filter: takes `?token=` out of what is logged."""
+    if isinstance(record.args, tuple):
+        hide = partial(re.sub, r"\btoken=[^&\s\"]*", "token=***")
+        record.args = tuple(hide(value) if isinstance(value, str) else value for value in record.args)
+    return True
+
+
+class Guard:
+    """ASGI middleware: checks who asks, and keeps browsers from guessing what comes. Sockets check themselves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SAFE_HEADERS)
+            await send(message)
+
+        request = Request(scope, receive)
+        try:
+            check_access(request)
+        except StreamerError as error:
+            await (await _on_error(request, error))(scope, receive, guarded)
+        else:
+            await self.app(scope, receive, guarded)
 
 
 def create_app(settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None) -> Starlette:
@@ -3631,16 +3769,23 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
         warm_up = partial(load_metagpt, settings.workspace)
     store = store or open_store(settings)
     password = urlsplit(settings.redis_url).password or ""
-    secrets = known_secrets({**os.environ, "redis_password": password, "redis_raw_password": unquote(password)})
+    given = {"redis_password": password, "redis_raw_password": unquote(password), "streamer_token": settings.token}
+    secrets = known_secrets({**os.environ, **given})
     supervisor = Supervisor(settings, store, runner, warm_up, secrets)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        for name in ("uvicorn.error", "uvicorn.access"):  # both log addresses with their query
+            logging.getLogger(name).addFilter(without_token)
         async with supervisor.open():
             yield
 
     handlers: dict[Any, Any] = dict.fromkeys((StreamerError, HTTPException, Exception), _on_error)
-    app = Starlette(routes=ROUTES, exception_handlers=handlers, lifespan=lifespan)
+    cors = partial(CORSMiddleware, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
+    middleware = [Middleware(cors, allow_origins=settings.allowed_origins)] if settings.allowed_origins else []
+    middleware.append(Middleware(Guard))
+    app = Starlette(routes=ROUTES, exception_handlers=handlers, lifespan=lifespan, middleware=middleware)
+    app.router.redirect_slashes = False  # a redirect would repeat the token
     app.state.supervisor = supervisor
     return app
 
@@ -3665,8 +3810,9 @@ class FrameProtocol(WebSocketsSansIOProtocol):
                 b"".join(self.frames).decode()
             super().send_receive_event_to_app()
         except UnicodeDecodeError:  # uvicorn would log a traceback
-            self.conn.send_close(1007, "invalid UTF-8")
-            self.handle_parser_exception()
+            if self.conn.state is State.OPEN:
+                self.conn.send_close(1007, "invalid UTF-8")
+                self.handle_parser_exception()
 
     def write_frames(self, frames: bytes) -> bool:
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
@@ -3684,6 +3830,8 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.close":  # a client that never reads would keep the connection for ever
             self.loop.call_later(2 * self.close_timeout, self.transport.abort)
         if (frames := message.get("frames")) is None:
+            if self.close_sent:  # the client broke the protocol meanwhile
+                raise ClientDisconnected
             await super().send(message)
             if message["type"] == "websocket.accept":  # an idle connection keeps no headers
                 del self.request, self.response
@@ -3697,9 +3845,39 @@ class FrameProtocol(WebSocketsSansIOProtocol):
 
 
 class AbortProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which also aborts a connection whose client does not read: the extension `streamer.abort`."""
+    """uvicorn's protocol, which also aborts a connection whose client does not read: the extension `streamer.abort`;
+    and one whose request's head does not come to its end, in bytes or in time.
+    """
+
+    MAX_HEAD, PATIENCE = 65536, 20.0  # bytes, seconds
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head = 0
+        self._patience = self.loop.call_later(self.PATIENCE, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > self.MAX_HEAD:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._patience.cancel()
+        self._patience = self.loop.call_later(self.PATIENCE, self.transport.abort)
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
+        self._head = 0
+        self._patience.cancel()
         super().on_headers_complete()
         extensions: Any = self.scope.setdefault("extensions", {})
         extensions[ABORT] = {"abort": self.transport.abort}
@@ -3717,6 +3895,7 @@ class Server(uvicorn.Server):
             http=AbortProtocol,
             ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
+            limit_concurrency=settings.max_sockets + 1000,  # connections
             ws_per_message_deflate=False,
             log_config=None,
             access_log=False,

@@ -447,7 +447,7 @@ def test_settings_flags_win_over_the_environment() -> None:
         ("STREAMER_WORKSPACE", "~nobody-here/x", "workspace must be a folder, not '~nobody-here/x'"),
         ("STREAMER_MAX_RUNNING", "0", "max_running must be a number of at least 1, not 0"),
         ("STREAMER_TEST_MODE", "maybe", "STREAMER_TEST_MODE must be true or false, not 'maybe'"),
-        ("STREAMER_HOST", "0.0.0.0", "host must be a loopback address such as 127.0.0.1, not '0.0.0.0'"),
+        ("STREAMER_HOST", "0.0.0.0", "host '0.0.0.0' can be reached from other machines, so a token is needed"),
     ],
 )
 def test_settings_name_what_is_wrong(variable: str, text: str, complaint: str) -> None:
@@ -2320,7 +2320,7 @@ def raw_socket(client: Client, task_id: str, receive_buffer: int = 4096) -> sock
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     raw.connect(("127.0.0.1", int(client.url.rsplit(":", 1)[1])))
-    head = f"GET /ws/tasks/{task_id}?start=false HTTP/1.1\r\nHost: x\r\n"
+    head = f"GET /ws/tasks/{task_id}?start=false HTTP/1.1\r\nHost: localhost\r\n"
     head += "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     raw.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
     answer = b""
@@ -2462,7 +2462,7 @@ def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
             assert texts_of(client, task_id) == replay
             again = [text for text in texts_of(client, client.create()) if '"type":"event"' in text]
             assert normal(again) == normal(live_events)
-    with TestClient(app()) as inside, inside.websocket_connect(f"/ws/tasks/{task_id}") as websocket:
+    with TestClient(app(), "http://localhost") as inside, inside.websocket_connect(f"/ws/tasks/{task_id}") as websocket:
         assert [websocket.receive_text() for _ in replay] == replay
         assert websocket.receive()["code"] == 1000
 
@@ -2574,7 +2574,7 @@ def test_body_that_never_comes_times_out(tmp_path: Path) -> None:
     with live(burst(1), tmp_path, send_timeout=0.2) as client:
         port = int(client.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), TIMEOUT) as raw:
-            head = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             raw.sendall(head + b"Content-Length: 9\r\n\r\n{")
             assert raw.recv(65536).startswith(b"HTTP/1.1 408")
 
@@ -2774,7 +2774,9 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
         task_id = client.create()
         client.post(f"/api/tasks/{task_id}/run")
         address = ("127.0.0.1", int(client.url.rsplit(":", 1)[1]))
-        request = f"GET /api/tasks/{task_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode()
+        request = (
+            f"GET /api/tasks/{task_id}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()
+        )
         for _ in range(20):
             with socket.create_connection(address, TIMEOUT) as dropped:
                 dropped.sendall(request)
@@ -2797,7 +2799,7 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
         head = client.http.head(f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"})
         assert head.headers["content-type"].startswith("text/event-stream")
         with socket.create_connection(address, TIMEOUT) as gone:
-            gone.sendall(b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            gone.sendall(b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
             gone.sendall(b"Content-Length: 100\r\n\r\n{")
         assert client.get("/healthz")["clients"] == 0
     assert not [record for record in caplog.records if record.exc_info]
@@ -2905,6 +2907,599 @@ def test_log_tells_of_tasks_and_clients(scripted: Client, caplog: pytest.LogCapt
         assert f"task id={task_id} status={status} mode=test" in said
     assert f"client task={task_id} after=0 events=6 outcome=served" in said
     assert f"client task={task_id} after=4 events=2 outcome=served" in said
+
+
+# -----------------------------------------------------------------------------
+# Security
+# -----------------------------------------------------------------------------
+
+TOKEN = "t0ken-that-nobody-may-see"
+FOREIGN = (
+    "null",
+    "http://evil.test",
+    "http://localhost.evil.test",
+    "http://evil-localhost",
+    "https://127.0.0.1.evil.test",
+    "file://",
+    "x",
+)
+
+
+def refused(client: Client, headers: dict[str, str], query: str = "") -> tuple[str, str]:
+    """The code a socket and a POST with these headers are refused with, and nothing was created."""
+    before = client.get("/healthz")["tasks"]
+    posted = client.http.post(f"/api/tasks?{query}", json={"input_prompt": "p"}, headers=headers)
+    others = {name: value for name, value in headers.items() if name not in ("Host", "Origin")}
+    address, port = client.url.removeprefix("http://").split(":")
+    uri = f"ws://{headers.get('Host', f'{address}:{port}')}/ws/tasks/none?{query}"
+    origin: Any = headers.get("Origin")
+    with (
+        socket.create_connection((address, int(port)), TIMEOUT) as sock,
+        connect(uri, sock=sock, origin=origin, additional_headers=others) as websocket,
+    ):
+        error = json.loads(websocket.recv(timeout=TIMEOUT))
+        assert error["type"] == "error"
+        with pytest.raises(ConnectionClosed):
+            websocket.recv(timeout=TIMEOUT)
+        assert websocket.close_code == (4404 if error["data"]["code"] == "task_not_found" else 1008)
+    assert client.get("/healthz")["tasks"] == before or posted.status_code == 201
+    return error["data"]["code"], "" if posted.status_code == 201 else posted.json()["error"]["code"]
+
+
+def test_origins_of_other_pages_are_refused(tmp_path: Path) -> None:
+    """`null`, look-alikes and other ports are; its own page's, configured ones and none at all are not."""
+    with live(burst(1), tmp_path, allowed_origins=("https://app.test", "http://[::1]:9")) as client:
+        own = client.url
+        port = own.rsplit(":", 1)[1]
+        for origin in (
+            *FOREIGN,
+            f"http://127.0.0.1:{int(port) + 1}",
+            "http://127.0.0.1",
+            f"http://localhost:{port}",
+            "https://app.test:444",
+            "https://app.test.evil.test",
+            "http://app.test",
+        ):
+            assert refused(client, {"Origin": origin}) == ("forbidden", "forbidden"), origin
+            assert client.http.get("/api/tasks", headers={"Origin": origin}).status_code == 403
+        for origin in (own, own.upper(), "https://app.test", "HTTPS://APP.test:443", "http://[::1]:9"):
+            assert refused(client, {"Origin": origin}) == ("task_not_found", ""), origin
+        assert refused(client, {}) == ("task_not_found", "")
+        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        allowed = client.http.options("/api/tasks", headers={"Origin": "https://app.test", **preflight})
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://app.test")
+        denied = client.http.options("/api/tasks", headers={"Origin": "http://evil.test", **preflight})
+        assert "access-control-allow-origin" not in denied.headers
+    with live(burst(1), tmp_path) as client:  # no CORS by default
+        denied = client.http.options("/api/tasks", headers={"Origin": own, **preflight})
+        assert denied.status_code in (403, 405)
+        assert "access-control-allow-origin" not in denied.headers
+
+
+def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
+    """What a name was made to point here for (DNS rebinding) stops; loopback names and configured ones go on."""
+    with live(burst(1), tmp_path, allowed_hosts=("streamer.test",)) as client:
+        for host in (
+            "evil.test",
+            "127.0.0.1.evil.test",
+            "localhost.evil.test:80",
+            "streamer.test.",
+            "0.0.0.0",
+            "[::2]:1",
+            "10.0.0.1",
+        ):
+            assert refused(client, {"Host": host}) == ("misdirected_request", "misdirected_request"), host
+        for host in (
+            "localhost",
+            "LOCALHOST:1",
+            "127.0.0.1",
+            "127.1.2.3:9",
+            "[::1]:8000",
+            "[::1]",
+            "streamer.test:443",
+        ):
+            assert refused(client, {"Host": host}) == ("task_not_found", ""), host
+        for head in (
+            b"localhost\r\nHost: evil.test",
+            b"127.0.0.1:x",
+            b"a@127.0.0.1",
+            b"127.0.0.1/",
+            b"",
+            b"localhost:",
+        ):
+            answer = raw_answer(client, b"GET /api/tasks HTTP/1.1\r\nHost: %b\r\n\r\n" % head)
+            assert answer.startswith((b"HTTP/1.1 421", b"HTTP/1.1 400")), head
+        assert raw_answer(client, b"GET /api/tasks HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421")
+
+
+def raw_answer(client: Client, request: bytes) -> bytes:
+    """The first bytes that come back for a request written by hand."""
+    host, port = client.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), TIMEOUT) as sock:
+        sock.sendall(request)
+        return sock.recv(65536)
+
+
+def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
+    """By header anywhere, by query for sockets and SSE; not on other routes; 401 says how; never seen again."""
+    with process(SERVER, "--test-mode", "--port", "0", "--token", TOKEN, cwd=tmp_path) as server:
+        client = server.client
+        bearer = {"Authorization": f"Bearer {TOKEN}"}
+        for path in ("/", "/healthz"):
+            assert client.http.get(path).status_code == 200
+        for headers in (
+            {},
+            {"Authorization": TOKEN},
+            {"Authorization": f"Basic {TOKEN}"},
+            {"Authorization": "Bearer"},
+            {"Authorization": f"Bearer {TOKEN}x"},
+            {"Authorization": f"Bearer {TOKEN[:-1]}"},
+        ):
+            assert refused(client, headers) == ("unauthorized", "unauthorized")
+            answer = client.http.get("/api/tasks", headers=headers)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert refused(client, {}, f"token={TOKEN}") == ("task_not_found", "unauthorized")
+        created = client.http.post("/api/tasks", json={"input_prompt": f"my {TOKEN}"}, headers=bearer)
+        assert created.status_code == 201
+        task_id = created.json()["id"]
+        assert client.http.get(f"/api/tasks?token={TOKEN}").status_code == 401
+        assert client.http.get("/metrics").status_code == 401
+        assert client.http.get(f"/api/tasks/?token={TOKEN}", follow_redirects=False).status_code == 401
+        slashed = client.http.get("/api/tasks/", headers=bearer, follow_redirects=False)
+        assert (slashed.status_code, "location" in slashed.headers) == (404, False)
+        with client.socket(task_id, f"start=true&token={TOKEN}") as websocket:
+            receive_until(websocket, is_event("TASK_START"))
+        client.http.post(f"/api/tasks/{task_id}/cancel", headers=bearer)
+        stream = client.http.get(f"/api/tasks/{task_id}/events?token={TOKEN}", headers={"Accept": "text/event-stream"})
+        assert "TASK_CANCELLED" in stream.text
+        assert not any(TOKEN in line for line in stream.text.splitlines() if '"type":"event"' in line)
+        with process("test_streamer.py", task_id, "--url", client.url, "--token", TOKEN, cwd=HERE) as watcher:
+            assert watcher.wait() == 1
+            assert b"TASK_CANCELLED" in watcher.output
+        server.stop()
+        assert TOKEN not in "".join(server.errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--host", "0.0.0.0"], "can be reached from other machines, so a token is needed: set STREAMER_TOKEN"),
+        (["--host", "::"], "so a token is needed"),
+        (["--host", "0.0.0.0", "--token", "short"], "token must be at least 8 characters"),
+        (["--token", "with blanks in it"], "ASCII without blanks"),
+        (["--allowed-origins", "*"], "allowed_origins must be like https://example.com, not '*'"),
+        (["--allowed-origins", "http://a.test,https://b.test/path"], "not 'https://b.test/path'"),
+        (["--allowed-hosts", "a.test:80"], "without a port, not 'a.test:80'"),
+    ],
+)
+def test_wrong_access_settings_exit_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    with process(SERVER, "--test-mode", "--port", "0", *arguments, cwd=tmp_path) as server:
+        assert server.wait() == 2
+    assert complaint in server.errors[-1]
+    assert "short" not in server.errors[-1]
+
+
+def test_other_machines_reach_it_with_a_token(tmp_path: Path) -> None:
+    """Bound to every address: by the names it was given, with the token."""
+    command = ["--test-mode", "--port", "0", "--host", "0.0.0.0", "--token", TOKEN, "--allowed-hosts", "box.test"]
+    with process(SERVER, *command, cwd=tmp_path) as server:
+        assert server.says("listening url=http://0.0.0.0:")
+        port = "".join(server.errors).rsplit(":", 1)[1].strip()
+        client = Client(f"http://127.0.0.1:{port}")
+        for host, status in (("box.test", 200), ("0.0.0.0", 200), ("other.test", 421)):
+            headers = {"Host": f"{host}:{port}", "Authorization": f"Bearer {TOKEN}"}
+            assert client.http.get("/api/tasks", headers=headers).status_code == status
+        client.http.close()
+
+
+HOSTILE_PAGE = """<!doctype html><script>
+async function attempt(name, work) {
+  try { return [name, await work()]; } catch (error) { return [name, "failed"]; }
+}
+async function attack(at, id) {
+  const body = JSON.stringify({input_prompt: "p"}), events = `${at}/api/tasks/${id}/events`;
+  const post = headers => fetch(at + "/api/tasks", {method: "POST", headers, body}).then(answer => answer.status);
+  return Object.fromEntries(await Promise.all([
+    attempt("json", () => post({"Content-Type": "application/json"})),
+    attempt("simple", () => fetch(at + "/api/tasks", {method: "POST", mode: "no-cors", body}).then(() => "sent")),
+    attempt("read", () => fetch(at + "/api/tasks").then(answer => answer.text())),
+    attempt("events", () => new Promise((resolve, reject) => {
+      const source = new EventSource(events);
+      source.onmessage = () => resolve("read"); source.onerror = reject;
+    })),
+    attempt("socket", () => new Promise(resolve => {
+      const socket = new WebSocket(at.replace("http", "ws") + "/ws/tasks/" + id);
+      socket.onmessage = ({data}) => resolve(JSON.parse(data).data.code || "read");
+      socket.onclose = ({code}) => resolve(code);
+    })),
+  ]));
+}
+</script>"""
+
+
+def test_hostile_page_in_a_real_browser_gets_nothing(tmp_path: Path, chromium: Any) -> None:
+    """From a second origin: no task is created, started or read; an allowed origin can do all of it."""
+
+    async def page(request: Request) -> Response:
+        return Response(HOSTILE_PAGE, media_type="text/html")
+
+    config = uvicorn.Config(Starlette(routes=[Route("/", page)]), log_config=None)
+    with serving(uvicorn.Server(config), loopback()) as hostile:
+        for allowed in ((), (hostile,)):
+            with live(burst(1), tmp_path, allowed_origins=allowed) as client:
+                task_id = client.create()
+                chromium.goto(hostile)
+                got = chromium.evaluate("([at, id]) => attack(at, id)", [client.url, task_id])
+                if allowed:
+                    assert (got["json"], got["events"], got["socket"]) == (201, "read", "read")
+                    assert '"items"' in got["read"]
+                else:
+                    assert got == {
+                        "json": "failed",
+                        "simple": "sent",
+                        "read": "failed",
+                        "events": "failed",
+                        "socket": "forbidden",
+                    }
+                    assert client.get("/healthz")["tasks"] == {"PENDING": 1}
+
+
+def test_page_works_with_a_token(tmp_path: Path, chromium: Any) -> None:
+    """Opened with `?token=` it does all it does without; opened without, it says what is missing."""
+    with live(burst(3), tmp_path, token=TOKEN) as client:
+        chromium.goto(client.url)
+        chromium.wait_for_selector("#link:has-text('a token is needed')")
+        chromium.goto(f"{client.url}/?token={TOKEN}")
+        chromium.fill("#prompt", "p")
+        chromium.click("form button")
+        chromium.wait_for_selector("#status.SUCCEEDED")
+        assert TOKEN not in chromium.url
+
+
+def test_answers_carry_their_headers_and_errors_tell_nothing(tmp_path: Path) -> None:
+    """Of the server: no path, version or stack, whatever fails."""
+
+    async def broken(task_id: str) -> Any:
+        raise KeyError(f"{HERE}/secret")
+
+    settings = Settings(workspace=tmp_path, test_mode=True)
+    store = streamer.MemoryStore(settings)
+    app = create_app(settings, runner=burst(1), store=store)
+    with serving(streamer.Server(app, settings), loopback()) as url:
+        client = Client(url)
+        task_id = client.create()
+        client.watch(task_id)
+        answers = [client.http.get(path) for path in ("/", "/healthz", "/metrics", "/nothing", f"/api/tasks/{task_id}")]
+        answers += [client.http.get(f"/api/tasks/{task_id}/artifacts/%00"), client.http.put("/api/tasks")]
+        answers.append(client.http.get("/", headers={"Host": "evil.test"}))
+        store.load = broken  # type: ignore[method-assign]
+        answers.append(client.http.get(f"/api/tasks/{task_id}"))
+        client.http.close()
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 404, 200, 404, 405, 421, 500]
+    for answer in answers:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"code", "message"}
+            assert not re.search(r"Traceback|KeyError|\.py|starlette|uvicorn|\d\.\d+\.\d", answer.text)
+            assert str(HERE) not in answer.text
+
+
+def test_run_tests_needs_the_operators_word(tmp_path: Path) -> None:
+    body = {"input_prompt": "p", "options": {"run_tests": True}}
+    with live(burst(1), tmp_path) as client:
+        answer = client.http.post("/api/tasks", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert "--allow-run-tests" in answer.json()["error"]["message"]
+    with live(burst(1), tmp_path, allow_run_tests=True) as client:
+        assert client.http.post("/api/tasks", json=body).status_code == 201
+
+
+def test_artifact_that_is_swapped_during_the_request(tmp_path: Path) -> None:
+    """A name that turns into a link out, back and forth, ten thousand times: never the other file."""
+    root, secret = tmp_path / "task", tmp_path / "secret.txt"
+    root.mkdir()
+    secret.write_text("secret")
+    (root / "real.txt").write_text("mine")
+    (root / "link.txt").symlink_to(secret)
+    os.mkfifo(root / "fifo")
+    done = threading.Event()
+
+    def swap() -> None:
+        while not done.is_set():
+            for name in ("real.txt", "link.txt"):
+                os.link(root / name, root / "next", follow_symlinks=False)
+                os.replace(root / "next", root / "file.txt")
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    found = Counter[str]()
+    for _ in range(10_000):
+        if file := streamer.open_inside(root, "file.txt"):
+            with file:
+                found[file.read().decode()] += 1
+    done.set()
+    swapper.join()
+    assert set(found) == {"mine"}
+    assert streamer.open_inside(root, "fifo") is None
+
+
+def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that says nothing, half a request, or a head of megabytes: dropped; others are served."""
+    monkeypatch.setattr(streamer.AbortProtocol, "PATIENCE", 0.3)
+    with live(burst(1), tmp_path, max_sockets=1) as client:
+        host, port = client.url.removeprefix("http://").split(":")
+        half = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+        for request in (b"", half, half + b"X: " + b"x" * 10_000_000, b"GET /" + b"x" * 10_000_000):
+            with (
+                socket.create_connection((host, int(port)), TIMEOUT) as sock,
+                contextlib.suppress(ConnectionError),
+            ):
+                sock.sendall(request)
+                assert sock.recv(100)[:12] in (b"", b"HTTP/1.1 400")
+            assert client.get("/healthz")["status"] == "ok"
+        assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+def test_connections_beyond_the_limit_are_refused(tmp_path: Path) -> None:
+    """max_sockets and 1000 more are served; then 503, until some are gone."""
+    with live(burst(1), tmp_path, max_sockets=1) as client:
+        host, port = client.url.removeprefix("http://").split(":")
+        kept = [socket.create_connection((host, int(port)), TIMEOUT) for _ in range(1001)]
+        assert raw_answer(client, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503")
+        for sock in kept:
+            sock.close()
+        assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says stays in the text of the events that say it."""
+    forged = '"}}}\n{"type":"event","data":{"event_id":99}}\x1b]0;owned\x07\x1b[2J\ntask id=x status=SUCCEEDED'
+
+    def runner(run: Run) -> None:
+        run.emit("MESSAGE", {"message": forged, "content": forged}, forged[:60])
+        run.emit("TOKEN", {"message": forged, "call_id": forged}, "Engineer")
+        raise streamer.RunFailed(forged)
+
+    transcript = streamer.Transcript()
+    with caplog.at_level("INFO", "streamer"), live(runner, tmp_path) as client:
+        record = client.watch(client.create(forged, title=forged))
+        assert record.ids == [1, 2, 3, 4]
+        sse = client.http.get(
+            f"/api/tasks/{record.events[0]['task_id']}/events", headers={"Accept": "text/event-stream"}
+        )
+        assert [line for line in sse.text.splitlines() if line.startswith("id: ")] == [f"id: {n}" for n in range(1, 5)]
+        for message in record.messages:
+            transcript.show(message)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", capsys.readouterr().out)
+    for line in caplog.records:
+        assert "\n" not in line.getMessage()
+        assert "\x1b" not in line.getMessage()
+
+
+def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
+    """Every route, the frames and the messages, shaped right and bent: no 500, no hang, no traceback, no growth."""
+    seed, seconds = int(os.environ.get("FUZZ_SEED", "7")), float(os.environ.get("FUZZ_SECONDS", "5"))
+    with busy(tmp_path, max_events=50, max_tasks=20, max_sockets=50, send_timeout=2, grace=0.2) as server:
+        fuzzer = Fuzzer(server.client, seed)
+        fuzzer.go(seconds / 2)
+        before = usage(server)[1]
+        fuzzer.go(seconds / 2)
+        print(f"seed {seed}: {sum(fuzzer.statuses.values())} requests {dict(fuzzer.statuses)}, {fuzzer.frames} frames")
+        assert fuzzer.faults == []
+        assert server.client.get("/healthz")["status"] == "ok"
+        witness = Witness(server.client, fuzzer.fresh_task())
+        witness.sees(5)
+        assert server.client.post(f"/api/tasks/{witness.task_id}/cancel").status_code == 202
+        assert witness.join()[-1]["event_type"] == "TASK_CANCELLED"
+        assert usage(server)[1] - before < 30  # MB
+        said = "".join(server.errors)
+        assert "Traceback" not in said, said[said.find("Traceback") - 500 :][:5000]
+
+
+class Fuzzer:
+    """Requests and frames that are right in most of their parts and wrong in some."""
+
+    VALUES: tuple[Any, ...] = (
+        0,
+        -1,
+        10**30,
+        0.5,
+        True,
+        None,
+        "",
+        "x",
+        "\ud800",
+        "x" * 70_000,
+        [],
+        {},
+        [[[]]],
+        {"a": 1},
+        "😀",
+        "\x00",
+        "NaN",
+        "\u202e",
+    )
+    SEGMENTS = (
+        "api",
+        "tasks",
+        "ws",
+        "events",
+        "artifacts",
+        "artifacts.zip",
+        "state",
+        "run",
+        "cancel",
+        "healthz",
+        "metrics",
+        "..",
+        ".",
+        "%2e%2e",
+        "%00",
+        "%ff",
+        "%252e",
+        "",
+        "~",
+        "x" * 300,
+        "{}",
+        "\u00e9".encode().decode("latin-1"),
+    )
+    QUERIES = ("after", "limit", "types", "start", "page", "page_size", "status", "restart", "token")
+    HEADERS = (
+        "Accept: text/event-stream",
+        "Accept: */*",
+        "Last-Event-ID: 3",
+        "Last-Event-ID: x",
+        "Origin: null",
+        "Range: bytes=0-5,9-",
+        "Range: bytes=9-1",
+        "Idempotency-Key: k",
+        "Idempotency-Key:",
+        "Content-Type: text/plain",
+        "Expect: 100-continue",
+        "Connection: upgrade",
+        "Upgrade: websocket",
+        "Upgrade: h2c",
+        "Host: evil",
+        "Authorization: Bearer x",
+        "Transfer-Encoding: gzip",
+        "If-Range: x",
+        "X-\xff: \xff",
+        "Cookie: " + "c" * 5000,
+    )
+
+    def __init__(self, client: Client, seed: int) -> None:
+        self.client, self.chance = client, random.Random(seed)
+        self.address = client.url.removeprefix("http://").split(":")
+        self.statuses, self.frames, self.faults = Counter[str](), 0, list[str]()
+        self.tasks: list[str] = []
+
+    def go(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if not self.tasks or self.chance.random() < 0.05:
+                self.tasks = [*self.tasks[-5:], self.fresh_task()]
+            self.chance.choice((self.request, self.request, self.request, self.talk))()
+
+    def fresh_task(self) -> str:
+        for item in self.client.get("/api/tasks?page_size=100")["items"]:
+            self.client.http.delete(f"/api/tasks/{item['id']}")
+        return self.client.create("0.01")
+
+    def value(self) -> Any:
+        return self.chance.choice(self.VALUES)
+
+    def path(self) -> str:
+        pick, task = self.chance.choice, self.chance.choice(self.tasks)
+        good = [
+            f"/api/tasks/{task}{end}"
+            for end in ("", "/state", "/run", "/cancel", "/events", "/artifacts", "/artifacts/a", "/artifacts.zip")
+        ]
+        path = pick([*good, "/api/tasks", "/api/tasks", "/", "/healthz", "/metrics", f"/ws/tasks/{task}"])
+        if self.chance.random() < 0.3:
+            parts = path.split("/")
+            parts[self.chance.randrange(len(parts))] = pick(self.SEGMENTS)
+            path = "/" + "/".join(parts).lstrip("/")
+        values = [
+            "0",
+            "5",
+            "-1",
+            "9" * 20,
+            "x",
+            "",
+            "true",
+            "TOKEN,LOG",
+            "%00",
+            "PENDING",
+            "1e3",
+            "\u0662".encode().decode("latin-1"),
+        ]
+        query = "&".join(f"{pick(self.QUERIES)}={pick(values)}" for _ in range(self.chance.randrange(4)))
+        return f"{path}?{query}" if query else path
+
+    def body(self) -> bytes:
+        options = {name: self.value() for name in self.chance.sample(list(streamer.OPTIONS), 2)}
+        fields = {"input_prompt": "0.01", "title": "t", "options": self.chance.choice(({}, options))}
+        for name in self.chance.sample([*fields, "more"], self.chance.choice((0, 0, 1, 2))):
+            fields[name] = self.value()
+        text = json.dumps(fields).encode()
+        cut = self.chance.randrange(len(text))
+        return self.chance.choice((text, text, text, text[:cut], text[:cut] + b"\xff" + text[cut:], b"[" * 3000, b""))
+
+    def request(self) -> None:
+        path = self.path()
+        posts = "/run" in path or "/cancel" in path or (path.startswith("/api/tasks") and self.chance.random() < 0.5)
+        method = "POST" if posts else "GET"
+        if self.chance.random() < 0.3:
+            method = self.chance.choice(("POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "G\x00T", "get"))
+        headers = ["Host: localhost", "Connection: close"]
+        headers += self.chance.sample(self.HEADERS, self.chance.choice((0, 0, 1, 2, 3)))
+        body = self.body() if method in ("POST", "PUT") or self.chance.random() < 0.1 else b""
+        if body:
+            length = len(body) if self.chance.random() < 0.95 else self.chance.choice((0, 1, len(body) + 9, -1))
+            chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            framing, body = self.chance.choice(
+                ((f"Content-Length: {length}", body), ("Transfer-Encoding: chunked", chunked))
+            )
+            headers += [framing, "Content-Type: application/json"]
+        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{header}\r\n" for header in headers)
+        self.send(head.encode("latin-1", "replace") + b"\r\n" + body)
+
+    def send(self, data: bytes) -> None:
+        with socket.create_connection((self.address[0], int(self.address[1])), TIMEOUT) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+            answer = b""
+            stream = b"event-stream" in data or b"pgrade" in data or b"100-continue" in data
+            sock.settimeout(0.2 if stream else 5)  # a body that never comes is answered in send_timeout
+            with contextlib.suppress(ConnectionError):
+                try:
+                    while chunk := sock.recv(65536):
+                        answer += chunk
+                except TimeoutError:
+                    if not stream and not answer:
+                        self.faults.append(f"no answer to {data[:300]!r}")
+        status = answer[9:12].decode() if answer.startswith(b"HTTP/1.1 ") else "none"
+        self.statuses[status] += 1
+        if status == "500" or (status.startswith("5") and b'"code"' not in answer):
+            self.faults.append(f"{answer[:200]!r} to {data[:300]!r}")
+
+    def frame(self) -> bytes:
+        pick = self.chance.choice
+        message: Any = pick(
+            (
+                {"type": "ping"},
+                {"type": "cancel"},
+                {"type": self.value()},
+                {},
+                [],
+                self.value(),
+                {"type": "ping", "more": self.value()},
+            )
+        )
+        payload = pick(
+            (json.dumps(message).encode(), json.dumps(message).encode(), b"\xff\xfe", b"{", b"x" * 70_000, b"[" * 5000)
+        )
+        opcode = pick((1, 1, 1, 1, 2, 0, 3, 8, 9, 10, 15))
+        frame = bytearray(masked(opcode, payload[: 125 if opcode > 7 else None]))
+        if self.chance.random() < 0.1:
+            frame[self.chance.randrange(min(len(frame), 14))] ^= 1 << self.chance.randrange(8)
+        return bytes(frame)
+
+    def talk(self) -> None:
+        with (
+            contextlib.suppress(ConnectionError, TimeoutError),
+            raw_socket(self.client, self.chance.choice(self.tasks)) as sock,
+        ):
+            sock.settimeout(0.05)
+            for _ in range(self.chance.randrange(1, 12)):
+                sock.sendall(self.frame())
+                self.frames += 1
+                with contextlib.suppress(TimeoutError):
+                    if not sock.recv(65536):
+                        break
 
 
 # -----------------------------------------------------------------------------
@@ -3390,9 +3985,8 @@ def test_readme_javascript_client_runs(scripted: Client, chromium: Any) -> None:
 
 def test_readme_mounting_example_runs(tmp_path: Path) -> None:
     code = readme_example("python", "Mount(")
-    code += (
-        "from starlette.testclient import TestClient\nwith TestClient(app) as c: print(c.get('/agents/healthz').json())"
-    )
+    code += "from starlette.testclient import TestClient\nwith TestClient(app, 'http://localhost') as client:\n"
+    code += "    print(client.get('/agents/healthz').json())"
     with process("-c", code, cwd=tmp_path) as client:
         assert client.wait() == 0, client.errors
         assert b"'status': 'ok'" in client.output
@@ -3464,14 +4058,15 @@ def test_readme_embedding_example_runs(tmp_path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
-def watch(task_id: str, url: str) -> int:
+def watch(task_id: str, url: str, token: str = "") -> int:
     """Shows a task as `wscat` would, but readable; resumes a connection that drops, while it gets further."""
     transcript, after, status, cursor = streamer.Transcript(), 0, "", -1
+    headers = {"Authorization": f"Bearer {token}"} if token else None
     while cursor < after or cursor == -1:
         cursor = max(after, 0)
         address = f"{url.rstrip('/').replace('http', 'ws', 1)}/ws/tasks/{task_id}?after={after}"
         try:
-            with connect(address, max_size=None) as websocket:
+            with connect(address, max_size=None, additional_headers=headers) as websocket:
                 for text in websocket:
                     message = json.loads(text)
                     transcript.show(message)
@@ -3903,8 +4498,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Watch a task on a running streamer. Exits 0 if it SUCCEEDED.")
     parser.add_argument("task_id", help="the id that POST /api/tasks answered; `bench` runs the benchmark")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
+    parser.add_argument("--token", default=os.environ.get("STREAMER_TOKEN", ""), help="the server's (STREAMER_TOKEN)")
     arguments = parser.parse_args()
-    return watch(arguments.task_id, arguments.url)
+    return watch(arguments.task_id, arguments.url, arguments.token)
 
 
 if __name__ == "__main__":
