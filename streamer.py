@@ -109,8 +109,8 @@ class SettingsError(ValueError):
     """A setting that does not parse or makes no sense; the message names it."""
 
 
-def _setting(default: Any, help: str, low: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "low": low})
+def _setting(default: Any, help: str, low: float | None = None, secret: bool = False) -> Any:
+    return field(default=default, metadata={"help": help, "low": low}, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "address to listen on; one that others reach needs a token")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
-    token: str = _setting("", "what clients must show: Authorization: Bearer …")
+    token: str = _setting("", "what clients must show: Authorization: Bearer …", secret=True)
     allowed_origins: tuple[str, ...] = _setting((), "origins of web pages that may use it, besides its own page's")
     allowed_hosts: tuple[str, ...] = _setting((), "host names it is reached by, besides loopback ones")
     allow_run_tests: bool = _setting(False, "allow the option run_tests, which executes what a model wrote")
@@ -142,7 +142,7 @@ class Settings:
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
     max_age: float = _setting(604800.0, "seconds until a task that does not run is forgotten", low=1)
     db: str = _setting("", "SQLite file of the tasks and their logs, instead of memory")
-    redis_url: str = _setting("", "Redis of the tasks and their logs, for several replicas: redis://host:6379")
+    redis_url: str = _setting("", "Redis of the tasks and their logs: redis://host:6379", secret=True)
     lease: float = _setting(15.0, "seconds after which a replica that is not heard from has lost its tasks", low=0.5)
 
     def __post_init__(self) -> None:
