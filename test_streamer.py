@@ -318,7 +318,8 @@ class ModelServer:
             return f"[CONTENT]\n{json.dumps(answer, indent=4)}\n[/CONTENT]"
         if "## Code Review Result" in last:
             return f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n## Code Review Result\nLGTM\n"
-        return f"```python\nprint('[mark={mark}]')\n```"
+        program = "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))" if mark == "environ" else ""
+        return f"```python\nprint('[mark={mark}]')\n{program}\n```"
 
 
 @contextlib.contextmanager
@@ -1593,6 +1594,19 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
     assert not (Path("/etc") / "escaped.py").exists()
     roles = {event["agent_role"] for event in records[12].of("AGENT_START")}
     assert "QaEngineer" in roles
+
+
+def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelServer, Process]) -> None:
+    """With run_tests, what the model wrote is run; the model's key is not in its environment."""
+    client, _, _ = metagpt
+    task_id = client.create("Build [mark=environ]", options={"run_tests": True, "n_round": 8})
+    client.watch(task_id, "types=RESULT")
+    paths = [file["path"] for file in client.get(f"/api/tasks/{task_id}/artifacts")]
+    (written,) = [path for path in paths if path.endswith("environ.txt")]
+    environ = client.http.get(f"/api/tasks/{task_id}/artifacts/{written}").text
+    assert "'PATH'" in environ
+    assert KEY not in environ
+    assert "'OPENAI_API_KEY'" not in environ
 
 
 def test_metagpt_server_that_is_down_is_said_at_once(tmp_path: Path) -> None:
