@@ -1447,7 +1447,7 @@ class Broker:
         frames, at, count = b"", 0.0, len(events)
         cursor, version = self.state.last_event_id, self.version
         for subscription in self.subscriptions:
-            if subscription.idle and subscription.write is not None:
+            if subscription.idle and subscription.write and subscription.cursor + count == cursor:
                 if not frames:
                     frames = b"".join([event.frame for event in events])
                     frames += text_frame(self.state_message()) if state_changed else b""
