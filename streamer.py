@@ -43,6 +43,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import sqlite3
 import stat
@@ -72,7 +73,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, get_type_hints
+from typing import IO, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -158,8 +159,13 @@ class Settings:
         if self.token and not re.fullmatch(r"[!-~]{8,}", self.token):
             raise SettingsError("token must be at least 8 characters, ASCII without blanks")
         for origin in self.allowed_origins:
-            if parse_origin(origin) is None:
-                raise SettingsError(f"allowed_origins must be like https://example.com, not {origin!r}")
+            if (
+                parse_origin(origin) is None
+                or origin != origin.lower()
+                or re.search("(http:.*:80|https:.*:443)$", origin)
+            ):
+                form = "as browsers send them: https://example.com, in lower case, without the scheme's own port"
+                raise SettingsError(f"allowed_origins must be {form}, not {origin!r}")
         for host in self.allowed_hosts:
             if parse_host(host) != (host.strip("[]").lower(), None):
                 raise SettingsError(f"allowed_hosts must be names or addresses without a port, not {host!r}")
@@ -229,7 +235,7 @@ def parse_host(text: str) -> tuple[str, int | None] | None:
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+    return host.lower() in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 # -----------------------------------------------------------------------------
@@ -1765,9 +1771,9 @@ def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and not path.is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
-                    status = path.stat()
+            with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and not name.startswith("."):
                     yield fit(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
 
 
@@ -2927,9 +2933,9 @@ def check_access(connection: HTTPConnection) -> None:
     path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
     if settings.token and path not in ("/", "/healthz"):
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        if connection.scope["type"] == "websocket" or path.endswith("/events"):  # what a browser opens has no header
-            given = given or connection.query_params.get("token", "")
-            scheme = scheme or "bearer"
+        opened = connection.scope["type"] == "websocket" or path.endswith("/events")  # by a browser, without a header
+        if opened and "token" in connection.query_params:
+            scheme, given = "bearer", connection.query_params["token"]
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), settings.token.encode()):
             raise Unauthorized("a token is needed: the header `Authorization: Bearer …`, or `?token=` in a browser")
 
@@ -3035,7 +3041,7 @@ async def get_events(request: Request) -> Response:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         stack = contextlib.AsyncExitStack()
-        return EventStream(await stack.enter_async_context(supervisor.watch(task_id, after, types)), stack, supervisor)
+        return EventStream(await stack.enter_async_context(supervisor.watch(task_id, after, types)), stack)
     events = await supervisor.store.read(task_id, after, _whole(params, "limit", 1000, 1, 1000))
     last = events[-1].event_id if events else min(after, state.last_event_id)
     data = ",".join(event.data for event in events if types is None or event.event_type in types)
@@ -3076,8 +3082,11 @@ class _OpenedFile(FileResponse):
 
 def open_inside(root: Path, path: str) -> io.FileIO | None:
     """A regular file below `root`; None for what is hidden, outside, or a link to there, even if swapped meanwhile."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        return None
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ValueError):
-        descriptor = os.open(root / path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would be waited for
+        # A FIFO would be waited for; a terminal would become this process's.
+        descriptor = os.open(root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         file = stack.enter_context(io.FileIO(descriptor))
         named = (root / path).resolve(strict=True)
         hidden = any(part.startswith(".") for part in named.relative_to(root.resolve()).parts)
@@ -3088,14 +3097,13 @@ def open_inside(root: Path, path: str) -> io.FileIO | None:
     return None
 
 
-class _Sink(io.RawIOBase):
+class _Sink:
     """What a zip is written to, and taken from in between, so that none of it is kept."""
 
     def __init__(self) -> None:
         self._came = bytearray()
 
-    def writable(self) -> bool:
-        return True
+    def flush(self) -> None: ...
 
     def write(self, data: Any) -> int:
         self._came += data
@@ -3109,7 +3117,7 @@ class _Sink(io.RawIOBase):
 def zipped(root: Path) -> Iterator[bytes]:
     """The files below `root` as a zip that is made while it is read."""
     sink = _Sink()
-    with zipfile.ZipFile(sink, "w") as archive:
+    with zipfile.ZipFile(cast(IO[bytes], sink), "w") as archive:
         for path, _, modified in list_files(root):
             entry = zipfile.ZipInfo(path, time.gmtime(max(modified / 1e9, 315532800))[:6])  # which begins in 1980
             entry.compress_type = zipfile.ZIP_DEFLATED
@@ -3239,21 +3247,22 @@ function el(tag, set = {}, ...inside) {
   e.append(...inside);
   return e;
 }
-async function api(path, set = {}) {
+async function api(where, set = {}) {
   const headers = {...(token && {Authorization: "Bearer " + token}),
                    ...(set.body && {"Content-Type": "application/json"})};
   const away = () => { throw new Error("the server cannot be reached"); };
-  const answer = await fetch(new URL(path, base), {...set, headers}).catch(away);
+  const answer = await fetch(new URL(where, base), {...set, headers}).catch(away);
   skew = Date.now() - (Date.parse(answer.headers.get("Date")) || Date.now());
   if (answer.ok) return answer;
   const error = (await answer.json().catch(() => ({}))).error;
   throw Object.assign(new Error(error?.message || "HTTP " + answer.status), {status: answer.status});
 }
-const json = async (path, set) => (await api(path, set)).json();
+const json = async (where, set) => (await api(where, set)).json();
 function tint(e, role) {  // one colour an agent
-  if (role && !roles.includes(role)) roles.push(role);
-  if (role) e.style.setProperty("--hue", (210 + 137.5 * roles.indexOf(role)) % 360);
-  if (role) e.style.setProperty("--sat", "65%");
+  if (!role) return e;
+  if (!roles.includes(role)) roles.push(role);
+  e.style.setProperty("--hue", (210 + 137.5 * roles.indexOf(role)) % 360);
+  e.style.setProperty("--sat", "65%");
   return e;
 }
 const seconds = ms => (ms < 60000 ? "" : Math.floor(ms / 60000) + " min ") + Math.floor(ms / 1000) % 60 + " s";
@@ -3283,16 +3292,27 @@ function open(id) {
   const fresh = {id, last: 0, tries: 0, queue: [], calls: new Map(), lanes: new Map(), state: {},
                  began: 0, ended: 0, latest: 0};
   view = id ? fresh : null;
-  for (const name of ["lanes", "files", "feed", "failure", "now", "cost", "status", "link"]) $(name).replaceChildren();
-  $("zip").hidden = true;
+  for (const name of ["title", "text", "lanes", "files", "feed", "failure", "now", "cost", "status", "link"])
+    $(name).replaceChildren();
+  for (const name of ["zip", "run", "cancel", "delete"]) $(name).hidden = true;
   list();
-  if (id) json("api/tasks/" + id).then(task => {
-    if (view?.id !== id) return;
+  if (id) load(fresh);
+}
+async function load(mine) {
+  try {
+    const task = await json(path(mine.id));
+    if (mine !== view) return;
     $("title").textContent = task.title; $("text").textContent = task.input_prompt;
     document.title = task.title + " - streamer";
-    connect(view); files();
-  }).catch(error => gone(error.message));
+    connect(mine); files();
+  } catch (error) {
+    if (mine !== view) return;
+    if ([400, 401, 404].includes(error.status)) return gone(error.message);
+    $("failure").textContent = error.message + ", trying again";
+    setTimeout(load, 2000, mine);
+  }
 }
+const path = (id, rest = "") => `api/tasks/${encodeURIComponent(id)}${rest}`;
 function gone(message) {
   if (view) view.over = true;
   $("failure").textContent = message;
@@ -3301,7 +3321,10 @@ function gone(message) {
 }
 
 function connect(mine) {
-  const url = new URL(`ws/tasks/${mine.id}?start=false&after=${mine.last}`, base);
+  if (mine !== view) return;
+  clearTimeout(mine.timer);
+  mine.socket?.close();
+  const url = new URL(`ws/tasks/${encodeURIComponent(mine.id)}?start=false&after=${mine.last}`, base);
   url.protocol = url.protocol.replace("http", "ws");
   if (token) url.searchParams.set("token", token);
   const socket = mine.socket = new WebSocket(url);
@@ -3314,7 +3337,7 @@ function connect(mine) {
     else {
       mine.lost = true;
       $("link").textContent = "connection lost, reconnecting after event " + mine.last + " …";
-      setTimeout(() => mine === view && connect(mine), Math.min(5000, 250 * 2 ** mine.tries++));
+      mine.timer = setTimeout(connect, Math.min(5000, 250 * 2 ** mine.tries++), mine);
     }
   };
 }
@@ -3340,7 +3363,10 @@ function greet(mine, data, added) {
   const first = data.first_event_id;
   if (!data.recovered || (mine.last === 0 && first > 1)) note(`events before ${first} are not kept any more`);
   if (mine.lost) note(`reconnected, resumed after event ${mine.last}`);
-  if (!data.recovered) mine.last = 0;
+  if (!data.recovered) {
+    mine.last = 0; mine.calls.clear(); mine.lanes.clear();
+    $("feed").replaceChildren(); added.replaceChildren(...added.querySelectorAll(".note"));
+  }
   mine.lost = false; mine.tries = 0;
   $("link").textContent = "live";
 }
@@ -3358,20 +3384,21 @@ function add(mine, event, added) {
     if (type === "AGENT_START") lane.bars.push({from: at, action: payload.action || ""});
   }
   if (type === "ARTIFACT") files.due = true;
-  const call = type === "TOKEN" && mine.calls.get(payload.call_id);
+  const said = payload.call_id ?? role, call = type === "TOKEN" && mine.calls.get(said);
   if (call) return call.appendData(payload.message);
+  if (type !== "TOKEN") mine.calls.delete(role);
   const head = [el("time", {dateTime: timestamp}, new Date(at).toLocaleTimeString()), " "];
   if (role) head.push(tint(el("span", {className: "role"}, role), role), " ");
-  const fold = (content, ...said) => [el("details", {open: type === "TOKEN"},
-    el("summary", {}, ...head.splice(0), ...said), el("pre", {dir: "auto", tabIndex: 0}, content))];
+  const fold = (content, ...rest) => [el("details", {open: type === "TOKEN"},
+    el("summary", {}, ...head.splice(0), ...rest), el("pre", {dir: "auto", tabIndex: 0}, content))];
   const text = payload.message, named = role && text.startsWith(role + " ");
   let body = [el("span", {dir: "auto"}, named ? text.slice(role.length + 1) : text)];
   if (type === "TOKEN") {
     const growing = new Text(text);
-    mine.calls.set(payload.call_id, growing);
+    mine.calls.set(said, growing);
     body = fold(growing, el("span", {className: "dim"}, payload.action || "says"));
   } else if (type === "MESSAGE" && payload.content) body = fold(payload.content, ...body);
-  else if (type === "ARTIFACT" && payload.change !== "deleted")
+  else if (type === "ARTIFACT" && payload.change !== "deleted" && typeof payload.path === "string")
     body = [el("button", {className: "plain", onclick: () => show(payload.path)}, text)];
   added.append(tint(el("li", {className: type}, ...head, ...body), role));
 }
@@ -3411,23 +3438,24 @@ async function files() {
   const id = view?.id;
   files.due = false;
   try {
-    const found = await json(`api/tasks/${id}/artifacts`);
+    const found = await json(path(id, "/artifacts"));
     if (id !== view?.id) return;
-    $("files").replaceChildren(...found.map(({path, size}) => el("li", {},
-      el("button", {className: "plain", onclick: () => show(path)}, path), el("small", {}, " " + bytes(size)))));
+    $("files").replaceChildren(...found.map(file => el("li", {},
+      el("button", {className: "plain", onclick: () => show(file.path)}, file.path),
+      el("small", {}, " " + bytes(file.size)))));
     $("zip").hidden = !found.length;
   } catch { /* the stream says what is wrong */ }
 }
-async function show(path) {
-  const name = path.split("/").map(encodeURIComponent).join("/");
+async function show(file) {
+  const name = file.split("/").map(encodeURIComponent).join("/");
   let text;
   try {
-    const answer = await api(`api/tasks/${view.id}/artifacts/${name}`);
-    if (!answer.headers.get("Content-Type").startsWith("text/plain")) return save(answer, path.split("/").at(-1));
+    const answer = await api(path(view.id, "/artifacts/" + name));
+    if (!answer.headers.get("Content-Type").startsWith("text/plain")) return save(answer, file.split("/").at(-1));
     text = await answer.text();
   } catch (error) { text = error.message; }
   $("content").textContent = text.slice(0, 500000) + (text.length > 500000 ? "\n… (cut)" : "");
-  $("path").textContent = path; $("file").showModal();
+  $("path").textContent = file; $("file").showModal();
 }
 async function save(answer, name) {
   const url = URL.createObjectURL(await answer.blob());
@@ -3437,11 +3465,11 @@ async function save(answer, name) {
 function act(name, work) {
   $(name).onclick = () => work().catch(error => { $("failure").textContent = error.message; });
 }
-act("zip", async () => save(await api(`api/tasks/${view.id}/artifacts.zip`), view.id + ".zip"));
-act("cancel", () => api(`api/tasks/${view.id}/cancel`, {method: "POST"}));
-act("delete", async () => { await api("api/tasks/" + view.id, {method: "DELETE"}); location.hash = ""; });
+act("zip", async () => save(await api(path(view.id, "/artifacts.zip")), view.id + ".zip"));
+act("cancel", () => api(path(view.id, "/cancel"), {method: "POST"}));
+act("delete", async () => { await api(path(view.id), {method: "DELETE"}); location.hash = ""; });
 act("run", async () => {
-  await api(`api/tasks/${view.id}/run?restart=${ENDED.includes(view.state.status)}`, {method: "POST"});
+  await api(path(view.id, "/run?restart=" + ENDED.includes(view.state.status)), {method: "POST"});
   if (view.socket.readyState > 1) connect(view);
 });
 act("more", async () => { size = 100; await list(); });
@@ -3457,7 +3485,7 @@ $("form").onsubmit = async event => {
   try {
     const body = JSON.stringify({input_prompt: $("prompt").value, options});
     const task = await json("api/tasks", {method: "POST", body});
-    await api(`api/tasks/${task.id}/run`, {method: "POST"});
+    await api(path(task.id, "/run"), {method: "POST"});
     location.hash = task.id;
   } catch (error) { $("problem").textContent = error.message; }
 };
@@ -3541,14 +3569,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, subscription: Subscription, stack: contextlib.AsyncExitStack, supervisor: Supervisor) -> None:
-        self._subscription, self._stack, self._supervisor = subscription, stack, supervisor
-        self._abort: Callable[[], None] = lambda: None
+    def __init__(self, subscription: Subscription, stack: contextlib.AsyncExitStack) -> None:
+        self._subscription, self._stack = subscription, stack
         super().__init__(self._chunks(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._abort = _extension(scope, ABORT).get("abort", self._abort)
-        await super().__call__(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[str]:
         yield f"data: {connected_message(self._subscription)}\n\n"
@@ -3559,18 +3582,14 @@ class EventStream(StreamingResponse):
             yield f"data: {envelope('error', error.as_dict())}\n\n"
 
     async def stream_response(self, send: Send) -> None:
-        async def timed(message: Message) -> None:
-            with anyio.fail_after(self._supervisor.settings.send_timeout):
-                await send(message)
-
         try:
             async with self._stack:
                 try:
-                    await super().stream_response(timed)
+                    await super().stream_response(send)
                 except TimeoutError:
                     raise SlowClient from None
-        except SlowClient:  # it is past the status line: nothing can be said any more
-            self._abort()
+        except SlowClient:
+            raise TimeoutError from None  # of Guard's
 
 
 class SocketStream:
@@ -3723,15 +3742,18 @@ SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-refe
 
 
 def without_token(record: logging.LogRecord) -> bool:
-    """A logging filter: takes `?token=` out of what is logged."""
+    """A logging filter: takes the query, where the token may be, out of the addresses that are logged."""
     if isinstance(record.args, tuple):
-        hide = partial(re.sub, r"\btoken=[^&\s\"]*", "token=***")
+        hide = partial(re.sub, r"\?\S*", "?***")
         record.args = tuple(hide(value) if isinstance(value, str) else value for value in record.args)
     return True
 
 
 class Guard:
-    """ASGI middleware: checks who asks, and keeps browsers from guessing what comes. Sockets check themselves."""
+    """ASGI middleware: checks who asks, keeps browsers from guessing what comes, and ends what is not read.
+
+    Sockets do all of it themselves.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -3741,18 +3763,22 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        request = Request(scope, receive)
+        timeout = _supervisor(request).settings.send_timeout
+
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(SAFE_HEADERS)
-            await send(message)
+            with anyio.fail_after(timeout):
+                await send(message)
 
-        request = Request(scope, receive)
         try:
             check_access(request)
+            await self.app(scope, receive, guarded)
         except StreamerError as error:
             await (await _on_error(request, error))(scope, receive, guarded)
-        else:
-            await self.app(scope, receive, guarded)
+        except TimeoutError:  # it does not read: nothing can be said any more
+            _extension(scope, ABORT).get("abort", lambda: None)()
 
 
 def create_app(settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None) -> Starlette:
@@ -3854,7 +3880,27 @@ class AbortProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._head = 0
-        self._patience = self.loop.call_later(self.PATIENCE, transport.abort)
+        self._patience: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def _wait(self) -> None:
+        """From now on what is awaited of the client must come; what it is sent meanwhile is not cut off."""
+        self._stop_waiting()
+        self._patience = self.loop.call_later(self.PATIENCE, self._lose_patience)
+
+    def _stop_waiting(self) -> None:
+        if self._patience:
+            self._patience.cancel()
+
+    def _lose_patience(self) -> None:
+        if self.cycle and not self.cycle.response_complete:
+            self._wait()
+        else:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._head += len(data)
@@ -3862,25 +3908,40 @@ class AbortProtocol(HttpToolsProtocol):
         if self._head > self.MAX_HEAD:
             self.transport.abort()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._patience.cancel()
-        super().connection_lost(exc)
-
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._patience.cancel()
-        self._patience = self.loop.call_later(self.PATIENCE, self.transport.abort)
+        self._wait()
 
     def on_body(self, body: bytes) -> None:
         self._head = 0
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        self._stop_waiting()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:  # answered before its body had come
+            self._wait()
+
     def on_headers_complete(self) -> None:
         self._head = 0
-        self._patience.cancel()
+        self._stop_waiting()
         super().on_headers_complete()
         extensions: Any = self.scope.setdefault("extensions", {})
         extensions[ABORT] = {"abort": self.transport.abort}
+
+
+def descriptors(wanted: int) -> int:
+    """How many files and connections this process may open: `wanted`, where the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 class Server(uvicorn.Server):
@@ -3888,6 +3949,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self.supervisor: Supervisor = app.state.supervisor
+        room = descriptors(settings.max_sockets + 1200) - 200  # for files, and for the store
+        if room < settings.max_sockets:
+            logger.warning("max_sockets=%d room=%d: raise `ulimit -n`", settings.max_sockets, room)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -3895,7 +3959,7 @@ class Server(uvicorn.Server):
             http=AbortProtocol,
             ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
-            limit_concurrency=settings.max_sockets + 1000,  # connections
+            limit_concurrency=min(settings.max_sockets + 1000, room),  # connections
             ws_per_message_deflate=False,
             log_config=None,
             access_log=False,
@@ -3966,7 +4030,10 @@ def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0; 1 where the task failed, 2 for wrong usage or settings, 130 if interrupted."""
+    """The command line. Returns 0; 1 where the task failed, 2 for wrong usage or settings, 130 if interrupted.
+
+    uvicorn exits with 1 or 3 where it cannot listen.
+    """
     arguments = _arguments(argv)
     command, prompt, as_json = (arguments.pop(name) for name in ("command", "prompt", "json"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -3977,6 +4044,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "serve":
             serve(app, settings)
             return 0
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         show = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
         return _run(app.state.supervisor, _text({"prompt": prompt}, "prompt", settings.max_prompt), show)
     except (SettingsError, InvalidRequest) as error:
@@ -3985,11 +4054,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(supervisor: Supervisor, prompt: str, transcript: Transcript) -> int:
+    code = 1
     try:
         with transcript:
             code = 0 if anyio.run(_run_here, supervisor, prompt, transcript) is TaskStatus.SUCCEEDED else 1
-    except KeyboardInterrupt:
+            sys.stdout.flush()
+    except* KeyboardInterrupt:
         code = 130
+    except* BrokenPipeError:  # `run … | head`: nobody reads any more, the flush at exit included
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     leave_threads(supervisor, code)
     return code
 

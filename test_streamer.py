@@ -3085,8 +3085,12 @@ def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
         (["--host", "::"], "so a token is needed"),
         (["--host", "0.0.0.0", "--token", "short"], "token must be at least 8 characters"),
         (["--token", "with blanks in it"], "ASCII without blanks"),
-        (["--allowed-origins", "*"], "allowed_origins must be like https://example.com, not '*'"),
+        (["--allowed-origins", "*"], "allowed_origins must be as browsers send them: https://example.com"),
         (["--allowed-origins", "http://a.test,https://b.test/path"], "not 'https://b.test/path'"),
+        (
+            ["--allowed-origins", "HTTPS://App.test"],
+            "in lower case, without the scheme's own port, not 'HTTPS://App.test'",
+        ),
         (["--allowed-hosts", "a.test:80"], "without a port, not 'a.test:80'"),
     ],
 )
@@ -3248,6 +3252,13 @@ def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.M
     with live(burst(1), tmp_path, max_sockets=1) as client:
         host, port = client.url.removeprefix("http://").split(":")
         half = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+        endless = b"POST /api/tasks HTTP/1.1\r\nHost: evil\r\nContent-Length: 99\r\n\r\nx"
+        with socket.create_connection((host, int(port)), TIMEOUT) as sock:
+            sock.sendall(endless)
+            assert sock.recv(100).startswith(b"HTTP/1.1 421")
+            sock.sendall(b"x")
+            while sock.recv(65536):
+                pass
         for request in (b"", half, half + b"X: " + b"x" * 10_000_000, b"GET /" + b"x" * 10_000_000):
             with (
                 socket.create_connection((host, int(port)), TIMEOUT) as sock,
@@ -3257,6 +3268,56 @@ def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.M
                 assert sock.recv(100)[:12] in (b"", b"HTTP/1.1 400")
             assert client.get("/healthz")["status"] == "ok"
         assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+def test_live_stream_outlasts_half_a_request_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patience with a head is no limit of an answer that is being given."""
+    monkeypatch.setattr(streamer.AbortProtocol, "PATIENCE", 0.2)
+    gate = Gate()
+    with live(gate, tmp_path) as client:
+        task_id = client.create()
+        host, port = client.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), TIMEOUT) as sock:
+            head = f"GET /api/tasks/{task_id}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
+            sock.sendall(head.encode() + b"GET /hea")
+            witness = Witness(client, task_id)
+            assert witness.lives(1.0)
+            gate.go.set()
+            witness.join()
+            answer = b""
+            while b"TASK_COMPLETE" not in answer:
+                answer += sock.recv(65536)
+
+
+def test_download_that_stalls_is_ended(tmp_path: Path) -> None:
+    """What a client does not read for send_timeout is cut off, and its file closed."""
+
+    def runner(run: Run) -> None:
+        run.workspace.mkdir()
+        with (run.workspace / "large.bin").open("wb") as file:
+            file.truncate(64 << 20)
+
+    with live(runner, tmp_path, send_timeout=0.3) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        before = len(os.listdir("/dev/fd"))
+        host, port = client.url.removeprefix("http://").split(":")
+        stalled = []
+        for name in ("artifacts/large.bin", "artifacts.zip"):
+            stalled.append(socket.create_connection((host, int(port)), TIMEOUT))
+            stalled[-1].sendall(f"GET /api/tasks/{task_id}/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        for sock in stalled[:1]:
+            sock.settimeout(TIMEOUT)
+            threading.Event().wait(1.0)
+            size = 0
+            with contextlib.suppress(ConnectionError):
+                while data := sock.recv(1 << 20):
+                    size += len(data)
+            assert size < 64 << 20
+        for sock in stalled:
+            sock.close()
+        assert client.get("/healthz")["status"] == "ok"
+        assert len(os.listdir("/dev/fd")) <= before + 1
 
 
 def test_connections_beyond_the_limit_are_refused(tmp_path: Path) -> None:
@@ -3655,6 +3716,37 @@ def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) ->
         assert page.locator("#feed .TASK_ERROR").count() == 1
 
 
+def test_page_shows_the_task_it_was_asked_for_last(tmp_path: Path, chromium: Any) -> None:
+    """One that is slow to load, or is not there, does not show up in another; a log that starts anew is shown once."""
+    with live(burst(3), tmp_path) as client:
+        first, second = client.create("first"), client.create("second")
+        client.watch(first)
+        chromium.route(f"**/api/tasks/{first}", lambda route: slow.append(route))
+        chromium.route("**/api/tasks/deadbeef", lambda route: slow.append(route))
+        slow: list[Any] = []
+        chromium.goto(f"{client.url}/#{first}")
+        chromium.evaluate("location.hash = 'deadbeef'")
+        chromium.evaluate(f"location.hash = '{second}'")
+        chromium.wait_for_selector("#status.PENDING")
+        for route in slow:
+            route.continue_()
+        chromium.wait_for_load_state("networkidle")
+        assert (chromium.inner_text("#title"), chromium.inner_text("#failure")) == ("second", "")
+        assert chromium.locator("#run").is_visible()
+        chromium.wait_for_function("document.querySelector('#link').textContent === 'live'")
+        assert client.get("/healthz")["clients"] == 1
+        chromium.unroute_all()
+        chromium.evaluate(f"location.hash = '{first}'")
+        chromium.wait_for_selector("#status.SUCCEEDED")
+        chromium.evaluate("view.last = 99999; connect(view)")
+        chromium.wait_for_selector("#feed .note:has-text('not kept any more')")
+        chromium.wait_for_selector("#feed .TASK_COMPLETE")
+        assert chromium.locator("#feed .LOG").count() == 3
+        chromium.goto(f"{client.url}/#{second}?start=true&x=")
+        chromium.wait_for_selector("#failure:has-text('not found')")
+        assert client.get(f"/api/tasks/{second}")["status"] == "PENDING"
+
+
 def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> None:
     """All of them are there, once, in order, and a click still works."""
     page = chromium
@@ -3831,6 +3923,14 @@ def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
     assert messages[0]["type"] == "state"
     assert [message["data"]["event_type"] for message in messages if message["type"] == "event"][-1] == "TASK_COMPLETE"
     assert messages[-1]["data"]["status"] == "SUCCEEDED"
+
+
+def test_run_into_a_pipe_that_closes_ends_quietly(tmp_path: Path) -> None:
+    """`run … | head -1` in any locale: one line, no traceback."""
+    command = f"{sys.executable} -W ignore {SERVER} run 'Build 日本' --test-mode | head -1"
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("-- PENDING 0% $0.0000\n", "")
 
 
 def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
