@@ -90,7 +90,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -3651,6 +3651,8 @@ class SocketStream:
         try:
             with anyio.fail_after(timeout):
                 await self._websocket.send({"type": "websocket.send", **({"text": text} if text else message)})
+        except WebSocketDisconnected:  # the listener has found out first
+            raise WebSocketDisconnect(1006) from None
         except TimeoutError:
             resume = f"connect again with after={self._subscription.cursor}"
             raise SlowClient(f"a send was blocked for {timeout:g} s; {resume}") from None
