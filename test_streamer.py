@@ -318,8 +318,8 @@ class ModelServer:
             return f"[CONTENT]\n{json.dumps(answer, indent=4)}\n[/CONTENT]"
         if "## Code Review Result" in last:
             return f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n## Code Review Result\nLGTM\n"
-        program = "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))" if mark == "environ" else ""
-        return f"```python\nprint('[mark={mark}]')\n{program}\n```"
+        program = "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n" if mark == "environ" else ""
+        return f"```python\nprint('[mark={mark}]')\n{program}```"
 
 
 @contextlib.contextmanager
