@@ -1393,6 +1393,64 @@ async def test_broker_feeds_a_slow_client_from_the_log() -> None:
     assert await collect(slow) == list(range(1, 1001))
 
 
+class HeldStore(streamer.MemoryStore):
+    """Its writes are done, but return when the test lets them."""
+
+    held: anyio.Event | None = None
+
+    async def write(self, *args: Any, **kwargs: Any) -> None:
+        await super().write(*args, **kwargs)
+        if self.held:
+            await self.held.wait()
+
+
+@pytest.mark.anyio
+async def test_broker_hands_over_once_what_the_log_has_already() -> None:
+    """What is in the log but not handed over yet waits for that: a client is never ahead, and gets it once."""
+    settings = Settings()
+    store = HeldStore(settings)
+    await store.create(task())
+    await store.claim("t", set(TaskStatus))
+    broker = streamer.Broker(*await store.load("t"), store, settings)
+    await broker.publish([draft(number) for number in range(10)])
+    store.held = anyio.Event()
+    found: list[int] = []
+    subscription = broker.subscribe(5)
+
+    async def client() -> None:
+        found.extend(await collect(subscription))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(broker.publish, [draft(10)])
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(client)
+        await anyio.wait_all_tasks_blocked()
+        assert (subscription.cursor, len(await store.read("t", 0, 99))) == (10, 11)
+        store.held.set()
+        await anyio.wait_all_tasks_blocked()
+        store.held = None
+        await end(broker)
+    assert found == [6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.anyio
+async def test_client_from_another_process_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What it has seen was stored by the other, and not yet handed over here: it is caught up with first."""
+    settings = Settings(workspace=tmp_path, test_mode=True)
+    store = streamer.MemoryStore(settings)
+    supervisor = streamer.Supervisor(settings, store, lambda run: {})
+    async with supervisor.open():
+        created, _ = await supervisor.submit("p", "t", streamer.parse_options({}, 60))
+        await store.claim(created.id, {TaskStatus.PENDING})  # by the other
+        for number in range(1, 5):
+            async with supervisor.watch(created.id) as stays:
+                state = streamer.TaskState(task_id=created.id, last_event_id=number)
+                await store.write(state, numbered(number, 1, created.id))
+                async with supervisor.watch(created.id, number) as moved:
+                    assert (moved.recovered, moved.cursor) == (True, number)
+                assert stays.broker is moved.broker
+
+
 @pytest.mark.anyio
 async def test_broker_tells_a_client_that_retention_overtook_it() -> None:
     """Events dropped before a client read them are not skipped in silence."""
