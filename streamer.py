@@ -657,10 +657,20 @@ class Store(Protocol):
         """Yields whenever another process may have written to the task; at once where none can."""
 
 
-class _LocalStore:
-    """What a store needs no more than this for when one process has it for itself."""
+class _Fallible:
+    """A store that may stop answering: `notify` is told when it does, and when it answers again."""
 
     error: str | None = None
+    _notify: Callable[[str | None], None]
+
+    def _say(self, error: str | None) -> None:
+        before, self.error = self.error, error
+        if (before is None) != (error is None):
+            self._notify(error)
+
+
+class _LocalStore(_Fallible):
+    """What a store needs no more than this for when one process has it for itself."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -911,11 +921,6 @@ class SqliteStore(_LocalStore):
         except sqlite3.Error as error:
             raise self._unavailable(error) from None
 
-    def _say(self, error: str | None) -> None:
-        before, self.error = self.error, error
-        if (before is None) != (error is None):
-            self._notify(error)
-
     async def create(self, task: Task) -> Sequence[str]:
         row = (task.id, task.status, task.updated_at, _dump(task), _dump(TaskState(task_id=task.id)))
 
@@ -1104,7 +1109,7 @@ class _Scanned(NamedTuple):
     cancel: str
 
 
-class RedisStore:
+class RedisStore(_Fallible):
     """A Redis that several replicas share. Each keeps a lease while it lives; the tasks of one whose lease ran out
     can be claimed by another, and then no longer be written to by it.
 
@@ -1115,7 +1120,6 @@ class RedisStore:
     PAGE, PAGE_BYTES = 256, 1 << 20  # of events read at once
 
     def __init__(self, settings: Settings) -> None:
-        self.error: str | None = None
         self._settings, self._lease = settings, settings.lease
         self._max_age = math.ceil(settings.max_age)
         self._replica = uuid.uuid4().hex
@@ -1194,11 +1198,6 @@ class RedisStore:
                     self._trust_from = self._answered + self._lease / 2
                 self._say(None)
                 return answer
-
-    def _say(self, error: str | None) -> None:
-        before, self.error = self.error, error
-        if (before is None) != (error is None):
-            self._notify(error)
 
     async def _script(self, name: str, keys: Sequence[str], *values: Any) -> Any:
         return await self._call(partial(self._scripts[name], keys, values))
@@ -2461,7 +2460,7 @@ class Supervisor:
                         await self._take_over(task_id)
             except StreamerError as error:
                 logger.error("sweep error=%r", str(error))
-            except Exception:
+            except Exception:  # a fault in this program, at one task: the others, and the next sweep, go on
                 logger.exception("sweep fault")
             await self.store.pause(self.settings.lease / 6)
 
@@ -3726,6 +3725,9 @@ ROUTES = [
 # -----------------------------------------------------------------------------
 
 
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     """Every error as JSON: ours, Starlette's own (404, 405), and faults, which the log tells of."""
     if isinstance(error, StreamerError):
@@ -3738,9 +3740,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
     fault = {"code": "internal_error", "message": "the server failed; its log says why"}
     return JSONResponse({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
-
-
-SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def without_token(record: logging.LogRecord) -> bool:

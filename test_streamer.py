@@ -43,7 +43,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import anyio.lowlevel
@@ -353,14 +353,21 @@ def scripted(tmp_path: Path) -> Iterator[Client]:
         yield server.client
 
 
+def missing(what: str) -> NoReturn:
+    """Skips a test for what this machine lacks; in CI its absence is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed, and CI must have it")
+    pytest.skip(f"{what} is not installed")
+
+
 def needs(tool: str) -> str:
-    """The path of a program some tests need: skips without it, but in CI its absence is a failure."""
-    path = shutil.which(tool)
-    if path is None and os.environ.get("CI"):
-        pytest.fail(f"{tool} is not installed, and CI must have it")
-    if path is None:
-        pytest.skip(f"{tool} is not installed")
-    return path
+    """The path of a program some tests need."""
+    return shutil.which(tool) or missing(tool)
+
+
+def needs_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        missing(name)
 
 
 class Gate:
@@ -3657,8 +3664,7 @@ ODD_TEXT = "<script>alert(1)</script> **bold** 😀 مرحبا بالعالم <i
 def chromium() -> Iterator[Any]:
     """A real Chromium, headless; a page error or a blocked resource fails the test."""
     executable = needs("chromium")
-    if importlib.util.find_spec("playwright") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("playwright is not installed")
+    needs_package("playwright")
     with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
         context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
@@ -3867,8 +3873,7 @@ Server(uvicorn.Config(app, port=0, log_config=None)).run()
 @pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 def test_mounted_under_a_prefix(tmp_path: Path, framework: str) -> None:
     """Two instances in somebody's application, with its lifespan: each has its own tasks, links carry the prefix."""
-    if framework == "fastapi" and importlib.util.find_spec("fastapi") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("fastapi is not installed")
+    needs_package(framework)
     with process("-c", MOUNTED, framework, cwd=tmp_path) as server:
         for name, count in (("one", 1), ("two", 0)):
             client = Client(f"{server.client.url}/agents/{name}")
