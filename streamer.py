@@ -221,10 +221,13 @@ def parse_names(text: str) -> tuple[str, ...]:
 PARSERS: Mapping[Any, Callable[[str], Any]] = {bool: parse_bool, tuple[str, ...]: parse_names}
 
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """RFC 6454: scheme, host and port; None for what is no web page's origin, as `null`."""
     scheme, _, rest = text.lower().partition("://")
-    host, default = parse_host(rest), {"http": 80, "https": 443}.get(scheme)
+    host, default = parse_host(rest), DEFAULT_PORTS.get(scheme)
     return (scheme, host[0], host[1] or default) if host and default else None
 
 
@@ -2926,7 +2929,7 @@ def check_access(connection: HTTPConnection) -> None:
         raise MisdirectedRequest(f"Host {name} is not a name of this service; allowed_hosts names them")
     for text in origins:
         origin = parse_origin(text)
-        own = origin is not None and origin[1:] == (host[0], host[1] or {"http": 80, "https": 443}[origin[0]])
+        own = origin is not None and origin[1:] == (host[0], host[1] or DEFAULT_PORTS[origin[0]])
         if not own and origin not in settings.origins:
             raise Forbidden(f"Origin {shown(text)} is not allowed; allowed_origins names those that are")
     path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
