@@ -1924,7 +1924,7 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
         if _engine is None:
             engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
             _route_output(engine)
-            _isolate(engine)
+            _mend(engine)
             _engine = engine
     return _engine
 
@@ -1987,15 +1987,39 @@ def _route_output(engine: types.SimpleNamespace) -> None:
     engine.set_llm_stream_logfunc(token)
 
 
-def _isolate(engine: types.SimpleNamespace) -> None:
-    """Mends what concurrent runs share inside MetaGPT (guarantee 8), and keeps its files in the workspace."""
-    git_lock = threading.RLock()  # GitPython changes the process's current folder while it indexes
+def _mend(engine: types.SimpleNamespace) -> None:
+    """Mends what a server of many runs cannot live with in MetaGPT (guarantees 7 and 8)."""
+    _mend_git_lock(engine)
+    _mend_file_names(engine)
+    _mend_action_names(engine)
+    _mend_shared_nodes(engine)
+    _mend_package_installs(engine)
+    _mend_token_counts(engine)
+
+
+def _patch(target: Any, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(original, self, …)` in the place of a method, for all instances of a class."""
+    setattr(target, name, functools.partialmethod(partial(around, getattr(target, name))))
+
+
+def _mend_git_lock(engine: types.SimpleNamespace) -> None:
+    """GitPython changes the process's current folder while it indexes: one repository at a time."""
+    lock = threading.RLock()
 
     def locked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with git_lock:
+        with lock:
             return method(*args, **kwargs)
 
-    async def contained(method: Callable[..., Any], files: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+    for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
+        _patch(engine.GitRepository, name, locked)
+
+
+def _mend_file_names(engine: types.SimpleNamespace) -> None:
+    """It writes, reads and deletes whatever path the model names: only in the workspace now."""
+
+    async def contained(
+        method: Callable[..., Any], files: Any, filename: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         speaker = _speaker.get()
         if speaker:
             speaker.team.check_inside(files.workdir / filename)
@@ -2003,6 +2027,13 @@ def _isolate(engine: types.SimpleNamespace) -> None:
         if speaker and method.__name__ != "get":
             speaker.team.run.report_files(speaker.role)
         return result
+
+    for name in ("save", "get", "delete"):
+        _patch(engine.FileRepository, name, contained)
+
+
+def _mend_action_names(engine: types.SimpleNamespace) -> None:
+    """It runs actions inside actions in silence: the speaker says which, and counts the ended."""
 
     async def named(method: Callable[..., Any], action: Any, *args: Any, **kwargs: Any) -> Any:
         speaker = _speaker.get()
@@ -2013,23 +2044,27 @@ def _isolate(engine: types.SimpleNamespace) -> None:
             speaker.team.finished(type(action).__name__)
         return result
 
-    async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
-        return await method(_twin(node), *args, **kwargs)  # it stores model and answer on nodes that all runs share
-
-    def patch(target: Any, name: str, around: Callable[..., Any]) -> None:
-        setattr(target, name, functools.partialmethod(partial(around, getattr(target, name))))
-
-    for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
-        patch(engine.GitRepository, name, locked)
-    for name in ("save", "get", "delete"):
-        patch(engine.FileRepository, name, contained)
     for action in _subclasses(engine.Action):
         if "run" in vars(action):
-            patch(action, "run", named)
-    patch(engine.ActionNode, "fill", copied)
-    # It would install the packages a model names into the service's own environment.
+            _patch(action, "run", named)
+
+
+def _mend_shared_nodes(engine: types.SimpleNamespace) -> None:
+    """It keeps the model and its answer on nodes that all runs share: each fill has a copy."""
+
+    async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
+        return await method(_twin(node), *args, **kwargs)
+
+    _patch(engine.ActionNode, "fill", copied)
+
+
+def _mend_package_installs(engine: types.SimpleNamespace) -> None:
+    """It installs the packages that a model names into the service's own environment."""
     engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
-    # For answers without `usage`; tiktoken would download its tables first, which fails or hangs offline.
+
+
+def _mend_token_counts(engine: types.SimpleNamespace) -> None:
+    """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
     engine.openai_api.count_output_tokens = lambda text, model: -(-len(text) // 4)
     engine.openai_api.count_input_tokens = lambda messages, model: -(-len(str(messages)) // 4)
 
