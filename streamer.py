@@ -85,7 +85,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
@@ -114,7 +121,7 @@ def _setting(default: Any, help: str, low: float | None = None, secret: bool = F
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an operator can set: a field is STREAMER_<FIELD> in the environment and --<field> as a flag.
+    """What an operator can set: STREAMER_<FIELD> in the environment, --<field> as a flag.
 
     Raises SettingsError, which names the field, for a value out of its range.
     """
@@ -122,38 +129,61 @@ class Settings:
     host: str = _setting("127.0.0.1", "address to listen on; one that others reach needs a token")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
     token: str = _setting("", "what clients must show: Authorization: Bearer …", secret=True)
-    allowed_origins: tuple[str, ...] = _setting((), "origins of web pages that may use it, besides its own page's")
-    allowed_hosts: tuple[str, ...] = _setting((), "host names it is reached by, besides loopback ones")
-    allow_run_tests: bool = _setting(False, "allow the option run_tests, which executes what a model wrote")
+    allowed_origins: tuple[str, ...] = _setting(
+        (), "origins of web pages that may use it, besides its own page's"
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), "host names it is reached by, besides loopback ones"
+    )
+    allow_run_tests: bool = _setting(
+        False, "allow the option run_tests, which executes what a model wrote"
+    )
     test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
     workspace: Path = _setting(Path("workspace"), "folder of the tasks' files, one folder a task")
     max_running: int = _setting(4, "tasks that run at once", low=1)
     max_waiting: int = _setting(100, "started tasks that wait for a free slot", low=0)
-    max_tasks: int = _setting(1000, "tasks kept; beyond it the oldest ended ones are forgotten", low=1)
-    max_events: int = _setting(20000, "events kept of a task; beyond it the oldest are dropped", low=10)
-    max_event_bytes: int = _setting(65536, "bytes of an event's payload; a larger one is cut", low=256)
+    max_tasks: int = _setting(
+        1000, "tasks kept; beyond it the oldest ended ones are forgotten", low=1
+    )
+    max_events: int = _setting(
+        20000, "events kept of a task; beyond it the oldest are dropped", low=10
+    )
+    max_event_bytes: int = _setting(
+        65536, "bytes of an event's payload; a larger one is cut", low=256
+    )
     max_prompt: int = _setting(32000, "characters of a prompt", low=1)
     max_sockets: int = _setting(1000, "clients that watch at once, over WebSocket and SSE", low=1)
-    subscriber_buffer: int = _setting(256, "events a client may lag before it is fed from the log", low=1)
+    subscriber_buffer: int = _setting(
+        256, "events a client may lag before it is fed from the log", low=1
+    )
     heartbeat: float = _setting(15.0, "seconds of silence after which a state is sent", low=0.05)
     send_timeout: float = _setting(20.0, "seconds a client may stay blocked", low=0.05)
     grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0.1)
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
-    max_age: float = _setting(604800.0, "seconds until a task that does not run is forgotten", low=1)
+    max_age: float = _setting(
+        604800.0, "seconds until a task that does not run is forgotten", low=1
+    )
     db: str = _setting("", "SQLite file of the tasks and their logs, instead of memory")
-    redis_url: str = _setting("", "Redis of the tasks and their logs: redis://host:6379", secret=True)
-    lease: float = _setting(15.0, "seconds after which a replica that is not heard from has lost its tasks", low=0.5)
+    redis_url: str = _setting(
+        "", "Redis of the tasks and their logs: redis://host:6379", secret=True
+    )
+    lease: float = _setting(
+        15.0, "seconds after which a replica that is not heard from has lost its tasks", low=0.5
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, low = getattr(self, item.name), item.metadata["low"]
+            value = getattr(self, item.name)
+            low = item.metadata["low"]
             if low is not None and not low <= value < math.inf:
-                raise SettingsError(f"{item.name} must be a number of at least {low:g}, not {value!r}")
+                words = f"a number of at least {low:g}"
+                raise SettingsError(f"{item.name} must be {words}, not {value!r}")
         if self.port > 65535:
             raise SettingsError(f"port must be at most 65535, not {self.port}")
         if not is_loopback(self.host) and not self.token:
             how = "set STREAMER_TOKEN, for example to what `openssl rand -hex 16` prints"
-            raise SettingsError(f"host {self.host!r} can be reached from other machines, so a token is needed: {how}")
+            reached = f"host {self.host!r} can be reached from other machines"
+            raise SettingsError(f"{reached}, so a token is needed: {how}")
         if self.token and not re.fullmatch(r"[!-~]{8,}", self.token):
             raise SettingsError("token must be at least 8 characters, ASCII without blanks")
         for origin in self.allowed_origins:
@@ -162,17 +192,22 @@ class Settings:
                 or origin != origin.lower()
                 or re.search("(http:.*:80|https:.*:443)$", origin)
             ):
-                form = "as browsers send them: https://example.com, in lower case, without the scheme's own port"
-                raise SettingsError(f"allowed_origins must be {form}, not {origin!r}")
+                form = "in lower case, without the scheme's own port"
+                raise SettingsError(
+                    "allowed_origins must be as browsers send them: "
+                    f"https://example.com, {form}, not {origin!r}"
+                )
         for host in self.allowed_hosts:
             if parse_host(host) != (host.strip("[]").lower(), None):
-                raise SettingsError(f"allowed_hosts must be names or addresses without a port, not {host!r}")
+                words = "names or addresses without a port"
+                raise SettingsError(f"allowed_hosts must be {words}, not {host!r}")
         if self.db and self.redis_url:
             raise SettingsError("db and redis_url are two places for the same log: set one of them")
         try:  # MetaGPT's git library changes the process's current folder while it works
             object.__setattr__(self, "workspace", Path(self.workspace).expanduser().absolute())
         except RuntimeError as error:
-            raise SettingsError(f"workspace must be a folder, not {str(self.workspace)!r}: {error}") from None
+            given = str(self.workspace)
+            raise SettingsError(f"workspace must be a folder, not {given!r}: {error}") from None
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -184,12 +219,18 @@ class Settings:
         return frozenset(map(parse_origin, self.allowed_origins))
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] | None = None, **flags: str | None) -> Settings:
-        """Reads `environ` (default: os.environ); a flag that is not None wins. Raises SettingsError."""
+    def from_environ(
+        cls, environ: Mapping[str, str] | None = None, **flags: str | None
+    ) -> Settings:
+        """Reads `environ`, by default os.environ; a flag that is not None wins.
+
+        Raises SettingsError.
+        """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
         for name, kind in get_type_hints(cls).items():
-            source, text = f"--{name.replace('_', '-')}", flags.get(name)
+            source = f"--{name.replace('_', '-')}"
+            text = flags.get(name)
             if text is None:
                 source = f"STREAMER_{name.upper()}"
                 text = environ.get(source)
@@ -225,18 +266,26 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """RFC 6454: scheme, host and port; None for what is no web page's origin, as `null`."""
     scheme, _, rest = text.lower().partition("://")
-    host, default = parse_host(rest), DEFAULT_PORTS.get(scheme)
-    return (scheme, host[0], host[1] or default) if host and default else None
+    default_port = DEFAULT_PORTS.get(scheme)
+    parsed = parse_host(rest)
+    if parsed is None or default_port is None:
+        return None
+    host, port = parsed
+    return scheme, host, port or default_port
 
 
 def parse_host(text: str) -> tuple[str, int | None] | None:
     """RFC 9110, 7.2: the host of a Host header, without brackets, and its port."""
     found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", text.lower())
-    return (found[1].strip("[]"), int(found[2]) if found[2] else None) if found else None
+    if found is None:
+        return None
+    return found[1].strip("[]"), int(found[2]) if found[2] else None
 
 
 def is_loopback(host: str) -> bool:
-    return host.lower() in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+    if host.lower() in ("localhost", "::1"):
+        return True
+    return re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 # -----------------------------------------------------------------------------
@@ -245,46 +294,65 @@ def is_loopback(host: str) -> bool:
 
 
 class StreamerError(Exception):
-    """A condition a client is told of: the HTTP status, the WebSocket close code, and a message for people."""
+    """A condition a client is told of, with a message for people.
 
+    It has a code in what is answered, an HTTP status, a WebSocket's close code, and the seconds
+    after which to try again.
+    """
+
+    code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     close_code: ClassVar[int] = 1011
-    retry_after: ClassVar[int | None] = None  # seconds
+    retry_after: ClassVar[int | None] = None
 
-    def __init_subclass__(cls, status: int = 500, close_code: int = 1011, retry_after: int | None = None) -> None:
-        cls.status, cls.close_code, cls.retry_after = status, close_code, retry_after
+    def __init_subclass__(
+        cls, code: str, status: int = 500, close_code: int = 1011, retry_after: int | None = None
+    ) -> None:
+        cls.code = code
+        cls.status = status
+        cls.close_code = close_code
+        cls.retry_after = retry_after
 
     def as_dict(self) -> dict[str, str]:
-        code = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
-        return {"code": code, "message": str(self)}
+        return {"code": self.code, "message": str(self)}
 
 
 # fmt: off
-class InvalidRequest(StreamerError, status=400, close_code=1008): ...
-class Unauthorized(StreamerError, status=401, close_code=1008): ...
-class Forbidden(StreamerError, status=403, close_code=1008): ...
-class MisdirectedRequest(StreamerError, status=421, close_code=1008): ...
-class UnsupportedMediaType(StreamerError, status=415, close_code=1008): ...
-class RequestTimeout(StreamerError, status=408, close_code=1008): ...
-class PayloadTooLarge(StreamerError, status=413, close_code=1009): ...
-class TaskNotFound(StreamerError, status=404, close_code=4404): ...
-class ArtifactNotFound(StreamerError, status=404, close_code=4404): ...
-class TaskEnded(StreamerError, status=409, close_code=1008): ...
-class IdempotencyConflict(StreamerError, status=422, close_code=1008): ...
-class TooManyTasks(StreamerError, status=429, close_code=1013, retry_after=5): ...
-class TooManyClients(StreamerError, status=503, close_code=1013, retry_after=5): ...
-class SlowClient(StreamerError, status=503, close_code=1013): ...
-class ServerClosing(StreamerError, status=503, close_code=1001, retry_after=5): ...
-class StoreUnavailable(StreamerError, status=503, close_code=1013, retry_after=5): ...
-class LeaseLost(StreamerError, status=503, close_code=1013): ...  # another process may have the task now
-class TaskExists(StreamerError, status=409, close_code=1008): ...
-class IllegalTransition(StreamerError): ...  # a fault of this program, never of a client
-class RunFailed(StreamerError): ...  # the message is a reason a person can act on
+class InvalidRequest(StreamerError, code="invalid_request", status=400, close_code=1008): ...
+class Unauthorized(StreamerError, code="unauthorized", status=401, close_code=1008): ...
+class Forbidden(StreamerError, code="forbidden", status=403, close_code=1008): ...
+class TaskNotFound(StreamerError, code="task_not_found", status=404, close_code=4404): ...
+class ArtifactNotFound(StreamerError, code="artifact_not_found", status=404, close_code=4404): ...
+class RequestTimeout(StreamerError, code="request_timeout", status=408, close_code=1008): ...
+class TaskEnded(StreamerError, code="task_ended", status=409, close_code=1008): ...
+class TaskExists(StreamerError, code="task_exists", status=409, close_code=1008): ...
+class PayloadTooLarge(StreamerError, code="payload_too_large", status=413, close_code=1009): ...
+class UnsupportedMediaType(
+    StreamerError, code="unsupported_media_type", status=415, close_code=1008): ...
+class MisdirectedRequest(
+    StreamerError, code="misdirected_request", status=421, close_code=1008): ...
+class IdempotencyConflict(
+    StreamerError, code="idempotency_conflict", status=422, close_code=1008): ...
+class TooManyTasks(
+    StreamerError, code="too_many_tasks", status=429, close_code=1013, retry_after=5): ...
+class TooManyClients(
+    StreamerError, code="too_many_clients", status=503, close_code=1013, retry_after=5): ...
+class SlowClient(StreamerError, code="slow_client", status=503, close_code=1013): ...
+class ServerClosing(
+    StreamerError, code="server_closing", status=503, close_code=1001, retry_after=5): ...
+class StoreUnavailable(
+    StreamerError, code="store_unavailable", status=503, close_code=1013, retry_after=5): ...
+class LeaseLost(StreamerError, code="lease_lost", status=503, close_code=1013):
+    """Another process may have the task now."""
+class IllegalTransition(StreamerError, code="illegal_transition"):
+    """A fault of this program, never of a client."""
+class RunFailed(StreamerError, code="run_failed"):
+    """The message is a reason a person can act on."""
 # fmt: on
 
 
 class RunCancelled(BaseException):
-    """Raised in a runner's thread by `Run.check_cancelled`; no `except Exception` there swallows it."""
+    """Raised in a runner's thread by `Run.check_cancelled`; no `except Exception` swallows it."""
 
 
 # -----------------------------------------------------------------------------
@@ -496,7 +564,12 @@ class Task:
         return replace(self, status=status, updated_at=now(), result_summary=result_summary)
 
 
-NO_COST: Mapping[str, float] = {"prompt_tokens": 0, "completion_tokens": 0, "total_cost": 0.0, "max_budget": 0.0}
+NO_COST: Mapping[str, float] = {
+    "prompt_tokens": 0,
+    "completion_tokens": 0,
+    "total_cost": 0.0,
+    "max_budget": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -514,12 +587,13 @@ class TaskState:
     error_message: str | None = None
     final_result: Mapping[str, Any] | None = None
     cost: Mapping[str, float] = field(default_factory=lambda: NO_COST)
-    waiting: tuple[str, str | None, float] | None = None  # the model call: role, action, time.time()
+    waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
 
     def as_dict(self) -> dict[str, Any]:
         data = dict(vars(self))
-        if waiting := data.pop("waiting"):
-            role, action, since = waiting
+        del data["waiting"]
+        if self.waiting is not None:
+            role, action, since = self.waiting
             data["waiting_on"] = {
                 "agent_role": role,
                 "action": action,
@@ -528,19 +602,40 @@ class TaskState:
         return data
 
 
-# Name → default, what it must be, the check.
-OPTIONS: Mapping[str, tuple[Any, str, Callable[[Any], bool]]] = {
-    "n_round": (5, "a whole number from 1 to 50", lambda v: type(v) is int and 1 <= v <= 50),
-    "investment": (3.0, "a number of US dollars above 0", lambda v: type(v) in (int, float) and 0 < v < 1e9),
-    "code_review": (True, "true or false", lambda v: type(v) is bool),
-    "run_tests": (False, "true or false", lambda v: type(v) is bool),
-    "implement": (True, "true or false", lambda v: type(v) is bool),
-    "project_name": (
-        None,
-        "a letter, then up to 63 letters, digits and underscores",
-        lambda v: type(v) is str and re.fullmatch(r"[A-Za-z]\w{0,63}", v, re.ASCII) is not None,
+class Option(NamedTuple):
+    """What a client may set of a task: its default, what it must be, and the check of that."""
+
+    default: Any
+    words: str
+    check: Callable[[Any], bool]
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e9
+
+
+def _is_rounds(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 50
+
+
+def _is_project_name(value: Any) -> bool:
+    return type(value) is str and re.fullmatch(r"[A-Za-z]\w{0,63}", value, re.ASCII) is not None
+
+
+OPTIONS: Mapping[str, Option] = {
+    "n_round": Option(5, "a whole number from 1 to 50", _is_rounds),
+    "investment": Option(3.0, "a number of US dollars above 0", _is_amount),
+    "code_review": Option(True, "true or false", _is_bool),
+    "run_tests": Option(False, "true or false", _is_bool),
+    "implement": Option(True, "true or false", _is_bool),
+    "project_name": Option(
+        None, "a letter, then up to 63 letters, digits and underscores", _is_project_name
     ),
-    "timeout": (None, "a number of seconds above 0", lambda v: type(v) in (int, float) and 0 < v < 1e9),
+    "timeout": Option(None, "a number of seconds above 0", _is_amount),  # the setting task_timeout
 }
 
 
@@ -548,24 +643,40 @@ def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
     """All of OPTIONS, with defaults. Raises InvalidRequest that names the option."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
-    if unknown := sorted(set(given) - set(OPTIONS)):
-        raise InvalidRequest(f"options: {shown(unknown[0])} is unknown; the options are {', '.join(OPTIONS)}")
-    given = {name: value for name, value in given.items() if value is not OPTIONS[name][0]}  # null too, as answered
+    unknown = sorted(set(given) - set(OPTIONS))
+    if unknown:
+        known = ", ".join(OPTIONS)
+        raise InvalidRequest(f"options: {quoted(unknown[0])} is unknown; the options are {known}")
+    options = {name: option.default for name, option in OPTIONS.items()}
+    options["timeout"] = task_timeout
     for name, value in given.items():
-        if not OPTIONS[name][2](value):
-            raise InvalidRequest(f"options.{name} must be {OPTIONS[name][1]}, not {kind_of(value)}")
-    options: dict[str, Any] = {name: default for name, (default, _, _) in OPTIONS.items()}
-    options |= {"timeout": task_timeout} | given
+        option = OPTIONS[name]
+        if value is None and option.default is None:  # null is how a task shows that none was given
+            continue
+        if not option.check(value):
+            raise InvalidRequest(f"options.{name} must be {option.words}, not {kind_of(value)}")
+        options[name] = value
     if options["timeout"] > task_timeout:
-        raise InvalidRequest(f"options.timeout must be at most {task_timeout:g} s, the server's task_timeout")
+        limit = f"{task_timeout:g} s, the server's task_timeout"
+        raise InvalidRequest(f"options.timeout must be at most {limit}")
     return options
 
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, with the value where it is short."""
-    names = {dict: "an object", list: "an array", str: "the string", bool: "the boolean", type(None): "null"}
-    name, text = names.get(type(value), "the number"), json.dumps(value)
-    return f"{name} {text}" if name.startswith("the ") and len(text) <= 64 else name.replace("the", "a")
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "an array"
+    noun = {str: "string", bool: "boolean"}.get(type(value), "number")
+    text = json.dumps(value)
+    return f"the {noun} {text}" if len(text) <= 64 else f"a {noun}"
+
+
+def quoted(text: str) -> str:
+    return repr(text if len(text) <= 64 else text[:64] + "…")
 
 
 # -----------------------------------------------------------------------------
@@ -706,7 +817,7 @@ class _LocalStore(_Fallible):
 
 
 def _not_found(task_id: str) -> TaskNotFound:
-    return TaskNotFound(f"task {shown(task_id)} not found: never created here, deleted, or forgotten since")
+    return TaskNotFound(f"task {quoted(task_id)} not found: never created here, deleted, or forgotten since")
 
 
 def _too_many(settings: Settings) -> TooManyTasks:
@@ -1346,10 +1457,6 @@ def open_store(settings: Settings) -> Store:
     if settings.redis_url:
         return RedisStore(settings)
     return SqliteStore(settings) if settings.db else MemoryStore(settings)
-
-
-def shown(text: str) -> str:
-    return repr(text if len(text) <= 64 else text[:64] + "…")
 
 
 # -----------------------------------------------------------------------------
@@ -2927,7 +3034,7 @@ def _query(params: QueryParams, name: str, default: Any, parse: Callable[[str], 
     try:
         return parse(params[name]) if name in params else default
     except ValueError:
-        raise InvalidRequest(f"{name} must be {expected}, not {shown(params[name])}") from None
+        raise InvalidRequest(f"{name} must be {expected}, not {quoted(params[name])}") from None
 
 
 def _whole(params: QueryParams, name: str, default: int, low: int = 0, high: int = 2**53) -> int:
@@ -2958,13 +3065,13 @@ def check_access(connection: HTTPConnection) -> None:
     hosts, origins = (connection.headers.getlist(name) for name in ("host", "origin"))
     host = parse_host(hosts[0]) if len(hosts) == 1 else None
     if host is None or not (is_loopback(host[0]) or host[0] in settings.names):
-        name = shown(", ".join(hosts))
+        name = quoted(", ".join(hosts))
         raise MisdirectedRequest(f"Host {name} is not a name of this service; allowed_hosts names them")
     for text in origins:
         origin = parse_origin(text)
         own = origin is not None and origin[1:] == (host[0], host[1] or DEFAULT_PORTS[origin[0]])
         if not own and origin not in settings.origins:
-            raise Forbidden(f"Origin {shown(text)} is not allowed; allowed_origins names those that are")
+            raise Forbidden(f"Origin {quoted(text)} is not allowed; allowed_origins names those that are")
     path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
     if settings.token and path not in ("/", "/healthz"):
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
@@ -2979,7 +3086,7 @@ async def _json_object(request: Request, limit: int, patience: float) -> dict[st
     """Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout, InvalidRequest."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
-        raise UnsupportedMediaType(f"Content-Type must be application/json, not {shown(media_type)}")
+        raise UnsupportedMediaType(f"Content-Type must be application/json, not {quoted(media_type)}")
     body = bytearray()
     try:
         with anyio.fail_after(patience):
@@ -3017,7 +3124,7 @@ async def create_task(request: Request) -> Response:
     # JSON may take twelve bytes for a character: two escaped surrogates.
     body = await _json_object(request, 12 * settings.max_prompt + 65536, settings.send_timeout)
     if unknown := sorted(set(body) - {"input_prompt", "title", "options"}):
-        raise InvalidRequest(f"{shown(unknown[0])} is unknown; the fields are input_prompt, title, options")
+        raise InvalidRequest(f"{quoted(unknown[0])} is unknown; the fields are input_prompt, title, options")
     prompt = _text(body, "input_prompt", settings.max_prompt)
     title = _text(body, "title", 200) if "title" in body else prompt.strip().splitlines()[0][:80]
     options = parse_options(body.get("options", {}), settings.task_timeout)
@@ -3095,7 +3202,7 @@ async def get_artifact(request: Request) -> Response:
     task, path = await _supervisor(request).get(request.path_params["task_id"]), request.path_params["path"]
     file = await anyio.to_thread.run_sync(open_inside, _supervisor(request).settings.workspace / task.id, path)
     if file is None:
-        raise ArtifactNotFound(f"artifact {shown(path)} not found; GET /api/tasks/{task.id}/artifacts lists what is")
+        raise ArtifactNotFound(f"artifact {quoted(path)} not found; GET /api/tasks/{task.id}/artifacts lists what is")
     try:
         codecs.getincrementaldecoder("utf-8")().decode(os.pread(file.fileno(), 65536, 0))
     except UnicodeDecodeError:
@@ -3210,7 +3317,7 @@ async def get_page(request: Request) -> Response:
 def connected_message(subscription: Subscription) -> str:
     broker, task = subscription.broker, subscription.broker.task
     note = " (test mode: a scripted team)" if task.mode == "test" else ""
-    data: dict[str, Any] = {"task_id": task.id, "message": f"watching {shown(task.title)}{note}", "mode": task.mode}
+    data: dict[str, Any] = {"task_id": task.id, "message": f"watching {quoted(task.title)}{note}", "mode": task.mode}
     log = {"first_event_id": broker.first_event_id, "last_event_id": broker.state.last_event_id}
     return envelope("connected", {**data, "status": task.status, **log, "recovered": subscription.recovered})
 
@@ -3357,7 +3464,7 @@ class SocketStream:
         elif kind == "cancel":
             await self._supervisor.cancel(task_id)
         else:
-            came = "a binary frame" if text is None else shown(text)
+            came = "a binary frame" if text is None else quoted(text)
             raise InvalidRequest(f'expected {{"type": "ping"}} or {{"type": "cancel"}}, not {came}')
 
 
@@ -3397,7 +3504,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": error.as_dict()}, error.status, headers)
     if isinstance(error, HTTPException):
         code = error.detail.lower().replace(" ", "_")
-        message = f"{request.method} {shown(request.url.path)}: {error.detail}"
+        message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
         return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
     fault = {"code": "internal_error", "message": "the server failed; its log says why"}
     return JSONResponse({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
