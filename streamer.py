@@ -564,12 +564,32 @@ class Task:
         return replace(self, status=status, updated_at=now(), result_summary=result_summary)
 
 
-NO_COST: Mapping[str, float] = {
+# US dollars; total_cost is None while no price is known for a model that was used.
+NO_COST: Mapping[str, Any] = {
     "prompt_tokens": 0,
     "completion_tokens": 0,
     "total_cost": 0.0,
     "max_budget": 0.0,
 }
+
+
+def add_costs(earlier: Mapping[str, Any], cost: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What both came to, unknown where one of them is; the budget is the second's."""
+    total = dict(cost)
+    for name in ("prompt_tokens", "completion_tokens"):
+        total[name] = earlier[name] + cost[name]
+    if None in (earlier["total_cost"], cost["total_cost"]):
+        total["total_cost"] = None
+    else:
+        total["total_cost"] = round(earlier["total_cost"] + cost["total_cost"], 6)
+    return total
+
+
+def price_text(dollars: object, budget: float | None = None) -> str:
+    """Dollars for a person."""
+    if not isinstance(dollars, int | float):
+        return "price unknown"
+    return f"${dollars:.4f}" if budget is None else f"${dollars:.4f} of ${budget:.2f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -586,7 +606,7 @@ class TaskState:
     completed_at: str | None = None
     error_message: str | None = None
     final_result: Mapping[str, Any] | None = None
-    cost: Mapping[str, float] = field(default_factory=lambda: NO_COST)
+    cost: Mapping[str, Any] = field(default_factory=lambda: NO_COST)  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
 
     def as_dict(self) -> dict[str, Any]:
@@ -1513,7 +1533,7 @@ class Broker:
                 if draft.event_type not in (EventType.TOKEN, EventType.LOG):
                     changes["last_message"] = draft.message
             changes |= values
-            state = TaskState(task_id=self.task.id) if again else self.state
+            state = TaskState(task_id=self.task.id, cost=self.state.cost) if again else self.state
             if "progress" in changes:  # never falls while a run lasts
                 changes["progress"] = max(state.progress, round(min(changes["progress"], 1.0), 3))
             state = replace(state, **changes)
@@ -1733,7 +1753,15 @@ class Run:
     MAX_ITEMS, MAX_CHARS = 4096, 1 << 20  # what the outbox holds
     BATCH = 256  # items the loop takes before others get a turn
 
-    def __init__(self, task: Task, settings: Settings, secrets: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        secrets: Sequence[str] = (),
+        earlier_cost: Mapping[str, Any] = NO_COST,
+    ) -> None:
+        self.earlier_cost = earlier_cost  # of the task's runs before this one
+        self.own_cost: Mapping[str, Any] = NO_COST
         self.task_id, self.prompt, self.options = task.id, task.input_prompt, task.options
         self.workspace = settings.workspace / task.id
         self._max_bytes, self.secrets = settings.max_event_bytes, secrets
@@ -1761,8 +1789,13 @@ class Run:
             raise ValueError(f"event_type must be one of {', '.join(RUNNER_TYPES)}, not {event_type!r}")
         self._put(self.draft(kind, payload or {}, agent_role))
 
-    def update(self, *, progress: float | None = None, cost: Mapping[str, float] | None = None) -> None:
-        """Sets the state's `progress` (0 to 1; it never falls) and `cost` (see NO_COST).
+    @property
+    def cost(self) -> Mapping[str, Any]:
+        """What the task has cost up to now, its earlier runs included: the state's `cost`."""
+        return add_costs(self.earlier_cost, self.own_cost)
+
+    def update(self, *, progress: float | None = None, cost: Mapping[str, Any] | None = None) -> None:
+        """Sets the state's `progress` (0 to 1; it never falls) and what this run has cost (see NO_COST).
 
         Raises ValueError for a progress that is no finite number.
         """
@@ -1770,8 +1803,12 @@ class Run:
             raise ValueError(f"progress must be a number from 0 to 1, not {progress}")
         given: dict[str, Any] = {} if progress is None else {"progress": progress}
         if cost is not None:
-            numbers = {name: cost.get(name, 0) for name in NO_COST}
-            given["cost"] = {name: value if math.isfinite(value) else 0 for name, value in numbers.items()}
+            numbers = {name: cost.get(name, 0) or 0 for name in NO_COST}
+            own = {name: value if math.isfinite(value) else 0 for name, value in numbers.items()}
+            if cost.get("total_cost", 0) is None:
+                own["total_cost"] = None
+            self.own_cost = own
+            given["cost"] = self.cost
         self._put(given)
 
     def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
@@ -1927,7 +1964,7 @@ def run_scripted(run: Run) -> Mapping[str, Any]:
         message = {"message": f"{role} to {to[0]}: {path}", "content": text, "cause_by": action, "sent_from": role}
         run.emit("MESSAGE", {**message, "send_to": to}, role)
         run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
-    return {"mode": "test", "end_reason": "idle", "rounds": len(team), "files": run.report_files(), "cost": cost}
+    return {"mode": "test", "end_reason": "idle", "rounds": len(team), "files": run.report_files(), "cost": run.cost}
 
 
 # The real team. What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
@@ -2523,7 +2560,7 @@ class Supervisor:
         self.clients = 0
         self.counters = Counter(events=0, deliveries=0, clients=0, slow_clients=0)
         self.engine_error: str | None = None
-        self._spent: Counter[str] = Counter(NO_COST)  # by the runs that have ended
+        self._spent: Counter[str] = Counter()  # by the runs that have ended, as far as it is known
         self.abandoned = 0  # threads that went on when their run had ended
         self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
         self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
@@ -2636,13 +2673,13 @@ class Supervisor:
     @property
     def spent(self) -> Mapping[str, float]:
         """On models, since the start."""
-        costs = [self._spent, *(active.broker.state.cost for active in self._active.values())]
+        costs = [self._spent, *(active.run.own_cost for active in self._active.values())]
         names = {
             "prompt_tokens": "prompt_tokens",
             "completion_tokens": "completion_tokens",
             "total_cost": "cost_dollars",
         }
-        return {f"model_{name}": sum(cost[key] for cost in costs) for key, name in names.items()}
+        return {f"model_{name}": sum(cost[key] or 0 for cost in costs) for key, name in names.items()}
 
     # What clients ask for. All of it raises TaskNotFound.
 
@@ -2821,7 +2858,7 @@ class Supervisor:
         self._follow(broker)
 
     def _activate(self, broker: Broker) -> ActiveRun:
-        active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets))
+        active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets, broker.state.cost))
         self._active[broker.task.id] = active
         self._unsaid.pop(broker.task.id, None)
         return active
@@ -2964,7 +3001,7 @@ class Supervisor:
     def _finish(self, active: ActiveRun) -> None:
         active.broker.owned = False
         del self._active[active.run.task_id]
-        self._spent.update(active.broker.state.cost)
+        self._spent.update({name: value or 0 for name, value in active.run.own_cost.items()})
         active.done.set()
         self._release(active.broker)
 
@@ -3015,7 +3052,9 @@ def _guarded(call: Callable[..., Any], *args: Any) -> Outcome:
 def _summary(result: Mapping[str, Any]) -> str:
     parts = [f"{len(result['files'])} files"] if isinstance(result.get("files"), list) else []
     parts += [f"{result['rounds']} rounds"] if "rounds" in result else []
-    parts += [f"${result['cost'].get('total_cost', 0):.4f}"] if isinstance(result.get("cost"), dict) else []
+    cost = result.get("cost")
+    if isinstance(cost, dict) and "total_cost" in cost:
+        parts.append(price_text(cost["total_cost"]))
     return ", ".join(parts) or "done"
 
 
@@ -3887,7 +3926,7 @@ class Transcript(contextlib.AbstractContextManager[None]):
     def state(self, data: Mapping[str, Any]) -> None:
         if (percent := int(100 * data["progress"])) != self._progress:
             self._progress = percent
-            self.line(f"-- {data['status']} {percent}% ${data['cost']['total_cost']:.4f}")
+            self.line(f"-- {data['status']} {percent}% {price_text(data['cost']['total_cost'])}")
 
     def line(self, text: str, role: str = "") -> None:
         if self._call is not None:
@@ -3931,7 +3970,7 @@ class Screen(Transcript):
 
     def state(self, data: Mapping[str, Any]) -> None:
         doing, cost = self._action if data["current_agent"] else data["status"], data["cost"]
-        about = f"{printable(doing)} ${cost['total_cost']:.4f} of ${cost['max_budget']:.2f}"
+        about = f"{printable(doing)} {price_text(cost['total_cost'], cost['max_budget'])}"
         self._display.update(self._bar, completed=data["progress"], description=about)
 
     def line(self, text: str, role: str = "") -> None:
@@ -4229,7 +4268,9 @@ function state(mine) {
   $("status").textContent = status + " " + Math.floor(100 * progress) + "%";
   $("status").className = status; $("progress").value = progress;
   const tokens = (cost.prompt_tokens + cost.completion_tokens).toLocaleString();
-  $("cost").textContent = `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}, ${tokens} tokens`;
+  const price = cost.total_cost === null ? "price unknown" :
+    `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}`;
+  $("cost").textContent = `${price}, ${tokens} tokens`;
   $("failure").textContent = error_message || "";
   $("now").textContent = !waits ? last_message || "" :
     `${waits.agent_role} waits for its model (${waits.action || "…"}, ${waits.seconds.toFixed(0)} s)`;

@@ -1547,6 +1547,22 @@ def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     assert prd.headers["content-type"] == "text/plain; charset=utf-8"
 
 
+def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> None:
+    """A restarted task goes on from what it had cost; /metrics counts each token once."""
+    task_id = scripted.create(options={"implement": False, "investment": 2})
+    with scripted.socket(task_id) as websocket:
+        receive_until(websocket, lambda message: message["data"].get("cost", {}).get("completion_tokens", 0) > 0)
+        scripted.post(f"/api/tasks/{task_id}/cancel")
+        before = Record(websocket).last_state["cost"]
+    assert scripted.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
+    record = scripted.watch(task_id)
+    team = [part[4].replace("{prompt}", "Build a todo app") for part in streamer.SCRIPT[:3]]
+    tokens = before["completion_tokens"] + sum(len(text.split()) for text in team)
+    cost = {"prompt_tokens": 0, "completion_tokens": tokens, "total_cost": 0.0, "max_budget": 2}
+    assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
+    assert f"\nstreamer_model_completion_tokens_total {tokens}" in scripted.http.get("/metrics").text
+
+
 def test_scripted_team_does_not_import_metagpt(tmp_path: Path) -> None:
     """Test mode needs neither MetaGPT nor what it brings, and importing streamer starts nothing."""
     code = """
@@ -2036,6 +2052,36 @@ def test_odd_results_and_errors_end_the_task_and_not_the_service(tmp_path: Path,
         first, second = client.watch(client.create()), client.watch(client.create())
     status = "FAILED" if isinstance(odd, Exception) else "SUCCEEDED"
     assert [first.last_state["status"], second.last_state["status"]] == [status, status]
+
+
+def test_restart_goes_on_from_what_was_spent(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """The state's cost is the task's, whichever run it was; null once a part is unknown; /metrics counts it once."""
+    prices = iter([0.5, 0.25, None, 1.0])
+
+    def runner(run: Run) -> None:
+        cost = {"prompt_tokens": 10, "completion_tokens": 5, "total_cost": next(prices), "max_budget": 3.0}
+        run.update(cost={**cost, "completion_tokens": 1})
+        run.update(cost=cost)
+        raise RuntimeError(f"spent {run.cost['total_cost']} of which {run.earlier_cost['total_cost']} before")
+
+    with live(runner, tmp_path, **stored) as client:
+        task_id = client.create()
+        seen = [client.watch(task_id).last_state]
+        for _ in range(3):
+            assert client.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
+            seen.append(client.watch(task_id).last_state)
+        assert [state["cost"]["total_cost"] for state in seen] == [0.5, 0.75, None, None]
+        assert [state["cost"]["prompt_tokens"] for state in seen] == [10, 20, 30, 40]
+        assert [state["cost"]["completion_tokens"] for state in seen] == [5, 10, 15, 20]
+        assert [state["cost"]["max_budget"] for state in seen] == [3.0] * 4
+        assert seen[1]["error_message"] == "RuntimeError: spent 0.75 of which 0.5 before"
+        text = client.http.get("/metrics").text
+        values = dict(re.findall(r"^(streamer_model_\w+) ([\d.]+)$", text, re.MULTILINE))
+        assert values == {
+            "streamer_model_prompt_tokens_total": "40",
+            "streamer_model_completion_tokens_total": "20",
+            "streamer_model_cost_dollars_total": "1.75",
+        }
 
 
 def test_delete_races_restart(tmp_path: Path) -> None:
