@@ -42,8 +42,9 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -133,6 +134,30 @@ class Record:
     @property
     def last_state(self) -> dict[str, Any]:
         return self.data("state")[-1]
+
+
+Found = TypeVar("Found")
+
+
+def wait_until(look: Callable[[], Found]) -> Found:
+    """What `look` returns, once that is true: for what can only be looked at."""
+    end = time.monotonic() + TIMEOUT
+    found = look()
+    while not found:
+        assert time.monotonic() < end, f"still {found!r} after {TIMEOUT:g} s"
+        time.sleep(0.02)
+        found = look()
+    return found
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """All that comes until the other side ends the connection, or aborts it."""
+    received = bytearray()
+    sock.settimeout(TIMEOUT)
+    with contextlib.suppress(ConnectionError):
+        for data in iter(partial(sock.recv, 1 << 20), b""):
+            received += data
+    return bytes(received)
 
 
 def receive_until(websocket: ClientConnection, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -2210,8 +2235,7 @@ def test_late_client_of_a_long_run_begins_at_the_oldest_event_kept(tmp_path: Pat
         task_id = client.create()
         with client.socket(task_id, "types=ERROR") as first:
             receive_until(first, lambda message: message["type"] == "state")
-            while client.get(f"/api/tasks/{task_id}/state")["last_event_id"] < 5001:
-                pass
+            wait_until(lambda: client.get(f"/api/tasks/{task_id}/state")["last_event_id"] == 5001)
             gate.set()
             record = client.watch(task_id)
         connected = record.data("connected")[0]
@@ -2476,11 +2500,8 @@ def test_client_that_vanished_is_dropped(tmp_path: Path) -> None:
     """No pong within two ping intervals: the connection is closed and its place is free."""
     with live_with_pings(burst(1), tmp_path, 0.2) as client:
         with raw_socket(client, client.create(), 65536) as raw:
-            raw.settimeout(TIMEOUT)
-            while raw.recv(65536):
-                pass
-        while client.get("/healthz")["clients"]:
-            pass
+            read_to_end(raw)
+        wait_until(lambda: client.get("/healthz")["clients"] == 0)
 
 
 def test_busy_runner_drops_no_client(tmp_path: Path) -> None:
@@ -2864,9 +2885,7 @@ def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
             assert record.ids == list(range(1, 20_004))
             with client.socket(client.create(), "start=false") as other:
                 receive_until(other, lambda message: message["type"] == "state")
-                text = client.http.get("/metrics").text
-                while "streamer_slow_clients_total 1" not in text:
-                    text = client.http.get("/metrics").text
+                wait_until(lambda: "streamer_slow_clients_total 1" in client.http.get("/metrics").text)
 
 
 def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
@@ -2910,8 +2929,7 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
             with socket.create_connection(address, TIMEOUT) as dropped:
                 dropped.sendall(request)
                 assert dropped.recv(1)
-        while client.get("/healthz")["clients"]:
-            pass
+        wait_until(lambda: client.get("/healthz")["clients"] == 0)
         with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.connect(address)
@@ -2919,12 +2937,8 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
             assert stalled.recv(1)
             gate.go.set()
             assert client.watch(task_id).last_state["status"] == "SUCCEEDED"
-            while "streamer_slow_clients_total 1" not in client.http.get("/metrics").text:
-                pass
-            with contextlib.suppress(ConnectionResetError):  # its connection is gone, not waiting for it
-                stalled.settimeout(TIMEOUT)
-                while stalled.recv(1 << 20):
-                    pass
+            wait_until(lambda: "streamer_slow_clients_total 1" in client.http.get("/metrics").text)
+            read_to_end(stalled)  # its connection is gone, not waiting for it
         head = client.http.head(f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"})
         assert head.headers["content-type"].startswith("text/event-stream")
         with socket.create_connection(address, TIMEOUT) as gone:
@@ -3368,8 +3382,7 @@ def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.M
             sock.sendall(endless)
             assert sock.recv(100).startswith(b"HTTP/1.1 421")
             sock.sendall(b"x")
-            while sock.recv(65536):
-                pass
+            read_to_end(sock)
         for request in (b"", half, half + b"X: " + b"x" * 10_000_000, b"GET /" + b"x" * 10_000_000):
             with (
                 socket.create_connection((host, int(port)), TIMEOUT) as sock,
@@ -3418,13 +3431,8 @@ def test_download_that_stalls_is_ended(tmp_path: Path) -> None:
             stalled.append(socket.create_connection((host, int(port)), TIMEOUT))
             stalled[-1].sendall(f"GET /api/tasks/{task_id}/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         for sock in stalled[:1]:
-            sock.settimeout(TIMEOUT)
             threading.Event().wait(1.0)
-            size = 0
-            with contextlib.suppress(ConnectionError):
-                while data := sock.recv(1 << 20):
-                    size += len(data)
-            assert size < 64 << 20
+            assert len(read_to_end(sock)) < 64 << 20
         for sock in stalled:
             sock.close()
         assert client.get("/healthz")["status"] == "ok"
@@ -4046,8 +4054,7 @@ def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
     """Ctrl-C exits 130 without a traceback; a failed task exits 1 with its reason on the screen."""
     with process(SERVER, "run", "Build", "--test-mode", cwd=tmp_path) as command:
         (tmp_path / "workspace").mkdir(exist_ok=True)
-        while not list((tmp_path / "workspace").glob("*/docs/prd.md")):
-            os.sched_yield()
+        wait_until(lambda: list((tmp_path / "workspace").glob("*/docs/prd.md")))
         assert command.stop(signal.SIGINT) == 130
         assert command.errors == []
     with process(SERVER, "run", "Build", "--test-mode", "--task-timeout", "0.2", cwd=tmp_path) as command:
