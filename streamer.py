@@ -31,6 +31,7 @@ import asyncio
 import codecs
 import contextlib
 import copy
+import difflib
 import functools
 import hmac
 import importlib
@@ -60,6 +61,7 @@ from collections.abc import (
     Callable,
     Collection,
     Generator,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -115,8 +117,11 @@ class SettingsError(ValueError):
     """A setting that does not parse or makes no sense; the message names it."""
 
 
-def _setting(default: Any, help: str, low: float | None = None, secret: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "low": low}, repr=not secret)
+def _setting(
+    default: Any, help: str, low: float | None = None, secret: bool = False, group: str = ""
+) -> Any:
+    """`group` is the heading that begins here in the command line's help."""
+    return field(default=default, metadata={"help": help, "low": low, "group": group}, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +131,14 @@ class Settings:
     Raises SettingsError, which names the field, for a value out of its range.
     """
 
-    host: str = _setting("127.0.0.1", "address to listen on; one that others reach needs a token")
+    host: str = _setting(
+        "127.0.0.1", "address to listen on; one that others reach needs a token", group="Serving"
+    )
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
-    token: str = _setting("", "what clients must show: Authorization: Bearer …", secret=True)
+    test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
+    token: str = _setting(
+        "", "what clients must show: Authorization: Bearer …", secret=True, group="Access"
+    )
     allowed_origins: tuple[str, ...] = _setting(
         (), "origins of web pages that may use it, besides its own page's"
     )
@@ -138,9 +148,7 @@ class Settings:
     allow_run_tests: bool = _setting(
         False, "allow the option run_tests, which executes what a model wrote"
     )
-    test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
-    workspace: Path = _setting(Path("workspace"), "folder of the tasks' files, one folder a task")
-    max_running: int = _setting(4, "tasks that run at once", low=1)
+    max_running: int = _setting(4, "tasks that run at once", low=1, group="Limits")
     max_waiting: int = _setting(100, "started tasks that wait for a free slot", low=0)
     max_tasks: int = _setting(
         1000, "tasks kept; beyond it the oldest ended ones are forgotten", low=1
@@ -163,12 +171,15 @@ class Settings:
     max_age: float = _setting(
         604800.0, "seconds until a task that does not run is forgotten", low=1
     )
+    workspace: Path = _setting(
+        Path("workspace"), "folder of the tasks' files, one folder a task", group="Storage"
+    )
     db: str = _setting("", "SQLite file of the tasks and their logs, instead of memory")
     redis_url: str = _setting(
         "", "Redis of the tasks and their logs: redis://host:6379", secret=True
     )
     lease: float = _setting(
-        15.0, "seconds after which a replica that is not heard from has lost its tasks", low=0.5
+        15.0, "seconds until a replica that is not heard from loses its tasks", low=0.5
     )
 
     def __post_init__(self) -> None:
@@ -224,16 +235,22 @@ class Settings:
     ) -> Settings:
         """Reads `environ`, by default os.environ; a flag that is not None wins.
 
+        An empty variable is one that is not set; one that is no setting is warned of.
         Raises SettingsError.
         """
         environ = os.environ if environ is None else environ
+        kinds = get_type_hints(cls)
+        variables = {name: f"STREAMER_{name.upper()}" for name in kinds}
+        for variable in environ:
+            if variable.startswith("STREAMER_") and variable not in variables.values():
+                logger.warning("%s", unknown_name(variable, variables.values()))
         values: dict[str, Any] = {}
-        for name, kind in get_type_hints(cls).items():
-            source = f"--{name.replace('_', '-')}"
+        for name, kind in kinds.items():
+            source = flag_of(name)
             text = flags.get(name)
             if text is None:
-                source = f"STREAMER_{name.upper()}"
-                text = environ.get(source)
+                source = variables[name]
+                text = environ.get(source) or None
             if text is not None:
                 try:
                     values[name] = PARSERS.get(kind, kind)(text)
@@ -241,6 +258,17 @@ class Settings:
                     noun = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
                     raise SettingsError(f"{source} must be {noun}, not {text!r}") from None
         return cls(**values)
+
+
+def flag_of(name: str) -> str:
+    """The command line's flag for a setting or an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Says that `name` is not among the known ones, and which of them is most like it."""
+    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"{name} is unknown" + (f"; did you mean {likely[0]}?" if likely else "")
 
 
 def parse_bool(text: str) -> bool:

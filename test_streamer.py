@@ -469,6 +469,23 @@ def test_settings_flags_win_over_the_environment() -> None:
     assert settings.workspace == Path.cwd() / "workspace"
 
 
+def test_settings_take_an_empty_variable_as_not_set() -> None:
+    """`STREAMER_TOKEN=` in an environment file is no token; an empty flag is one that was given."""
+    environ = {"STREAMER_PORT": "", "STREAMER_TEST_MODE": "", "STREAMER_DB": "tasks.db"}
+    assert Settings.from_environ(environ, db="") == Settings()
+    assert Settings.from_environ(environ).db == "tasks.db"
+
+
+def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -> None:
+    """A variable that is no setting is a warning with the nearest name, not an error."""
+    environ = {"STREAMER_PROT": "1", "STREAMER_XYZZY": "1", "STREAMER_PORT": "2", "PATH": "/"}
+    assert Settings.from_environ(environ).port == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "STREAMER_PROT is unknown; did you mean STREAMER_PORT?",
+        "STREAMER_XYZZY is unknown",
+    ]
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "complaint"),
     [
