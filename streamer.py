@@ -69,12 +69,14 @@ from collections.abc import (
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, get_type_hints
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 import anyio
 import anyio.abc
@@ -2431,24 +2433,35 @@ class _Team:
         """One model request, tried again while that can help; every failed attempt is a LOG at once."""
         tenacity, config = self.engine.tenacity, model.config
 
+        def fault(error: BaseException) -> ModelFault | None:
+            return model_fault(error, config, self.run.secrets)
+
+        def wait(state: Any) -> float:
+            found = fault(state.outcome.exception())
+            return (found and found.wait) or 2.0 ** (state.attempt_number - 1)
+
         def say(state: Any) -> None:
-            reason, _ = _model_error(state.outcome.exception(), config, self.run.secrets)
+            found = fault(state.outcome.exception())
             attempt = f"attempt {state.attempt_number} of 5, the next in {state.next_action.sleep:g} s"
-            self.log("WARNING", f"{reason} ({attempt})")
+            self.log("WARNING", f"{found and found.reason} ({attempt})")
+
+        def helps(error: BaseException) -> bool:
+            found = fault(error)
+            return found is not None and found.retry
 
         attempts = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(5),
-            wait=lambda state: _retry_after(state.outcome.exception()) or 2.0 ** (state.attempt_number - 1),
-            retry=tenacity.retry_if_exception(lambda error: _model_error(error, config)[1]),
+            wait=wait,
+            retry=tenacity.retry_if_exception(helps),
             before_sleep=say,
             reraise=True,
         )
         try:
             return await attempts(self._attempt, model, original, *args, **kwargs)
         except Exception as error:
-            reason, _ = _model_error(error, config, self.run.secrets)
-            if reason:
-                raise _GiveUp(reason) from error
+            found = fault(error)
+            if found:
+                raise _GiveUp(found.reason) from error
             raise
 
     async def _attempt(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
@@ -2484,29 +2497,254 @@ class _Team:
         return cost
 
 
-def _model_error(error: BaseException, config: Any, secrets: Sequence[str] = ()) -> tuple[str | None, bool]:
-    """Why a model request failed, for a person, and whether to try again; None: it is not the request's fault."""
-    where, text = f"the model API at {config.base_url}", " ".join(redact(said(error), secrets).split())[:300]
-    status = getattr(error, "status_code", None)
-    if isinstance(status, int):
-        if status in (401, 403):
-            return f"{where} rejected the key ({status}): check OPENAI_API_KEY or llm.api_key. {text}", False
-        if status == 404:
-            return f"{where} has no model {config.model!r} (404): check OPENAI_MODEL or llm.model. {text}", False
-        if getattr(error, "code", None) == "insufficient_quota":
-            return f"{where} says the account's quota is used up ({status}). {text}", False
-        return f"{where} answered {status}: {text}", status in (408, 409, 429) or status >= 500
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # of openai and anthropic, of httpx, of aiohttp
-    if kinds & {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}:
-        cause = error.__cause__ or error
-        return f"{where} cannot be reached: {type(cause).__name__}: {redact(said(cause), secrets)[:200]}", True
-    return None, False
+class ServerError(Exception):
+    """An error object where a completion was expected: inside a stream, or with a status of 200."""
+
+    def __init__(
+        self, body: object, status_code: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(server_words(body))
+        self.body = body
+        self.status_code = status_code
+        self.headers = headers or {}
 
 
-def _retry_after(error: BaseException) -> float | None:
-    """Seconds the server asked to wait, at most 60."""
-    value = (getattr(getattr(error, "response", None), "headers", None) or {}).get("retry-after", "")
-    return min(60.0, float(value)) if re.fullmatch(r"\d{1,4}(\.\d+)?", value) else None
+class NotACompletion(Exception):
+    """An answer with status 200 that is no completion, as a web page; its text is what came."""
+
+
+class ModelFault(NamedTuple):
+    """Why a model request failed, for a person, and what can be done."""
+
+    reason: str
+    retry: bool
+    wait: float | None  # seconds the server asked for, where it did
+
+
+LONGEST_WAIT = (
+    120.0  # seconds a run waits because a server asks; one that asks for more means hours
+)
+# What an error object without a status says of itself. Any other may pass, as a 500 does.
+STATUS_BY_NAME: Mapping[str, int] = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "billing_error": 402,
+    "insufficient_quota": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "overloaded_error": 529,
+}
+TOO_LONG = re.compile("context.?(length|window|size)|prompt is too long", re.IGNORECASE)
+NO_CREDIT = re.compile(
+    "current quota|credit balance|insufficient (balance|credit|quota)", re.IGNORECASE
+)
+BAD_KEY = re.compile(
+    "api.?key (is )?(not valid|invalid)|(invalid|incorrect) (x-)?api.?key", re.IGNORECASE
+)
+# Names of error classes of openai, anthropic, httpx and aiohttp, so that none is loaded for this.
+LATE = {"APITimeoutError", "TimeoutException", "TimeoutError"}
+BROKEN = {"RemoteProtocolError", "ReadError", "ClientPayloadError", "ServerDisconnectedError"}
+GARBLED = {"JSONDecodeError", "UnicodeDecodeError"}
+UNREACHED = {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}
+
+
+def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> ModelFault | None:
+    """What a failed model request means; None where it is not the request that failed."""
+    names = _class_names(error)
+    body = getattr(error, "body", None)
+    status = getattr(error, "status_code", getattr(error, "status", None))
+    if names & {"NotACompletion", "APIResponseValidationError"}:
+        words = _quoted(body or said(error), secrets)
+        return ModelFault(
+            f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
+        )
+    if isinstance(status, int) or isinstance(error, ServerError) or ("APIError" in names and body):
+        told = body if hasattr(error, "body") else said(error)
+        return _refusal(told, status, _asked_wait(error, body), config, secrets)
+    if names & (LATE | BROKEN | GARBLED | UNREACHED):
+        return ModelFault(_broken(error, config, secrets), True, None)
+    return None
+
+
+def _refusal(
+    body: object, status: object, wait: float | None, config: Any, secrets: Sequence[str]
+) -> ModelFault:
+    """What an error object means, and the setting to change."""
+    found = _error_object(body)
+    code = str(found.get("code") or found.get("type") or "")
+    words = _quoted(body, secrets)
+    if not isinstance(status, int) or status < 400:
+        status = _deduced_status(found, words)
+    server = _server(config)
+    key = setting_name(config, "api_key")
+    model = setting_name(config, "model")
+    if TOO_LONG.search(f"{code} {words}"):
+        smaller = (
+            f", a smaller llm.max_token (now {config.max_token})" if "completion" in words else ""
+        )
+        what = f"{server} finds the prompt too long ({status}): take a model with a larger context ({model}){smaller}"
+    elif (
+        status == 402 or code == "insufficient_quota" or (wait is None and NO_CREDIT.search(words))
+    ):
+        what = f"{server} says that no credit is left ({status}): add some, or change {key}"
+    elif status == 401 or BAD_KEY.search(words):
+        what = f"{server} rejected the key ({status}): check {key}"
+    elif status == 403:
+        what = f"{server} refused access ({status}): check that {key} may use {config.model!r} ({model})"
+    elif status == 404 and (
+        re.search("model|deployment", f"{code} {words}", re.I) or str(config.model) in words
+    ):
+        what = f"{server} has no model {config.model!r} ({status}): check {model}"
+    elif status in (404, 405):
+        what = f"{server} has nothing at this address ({status}): {_check_url(config)}"
+    elif wait and wait > LONGEST_WAIT:
+        what = f"{server} wants no request for {wait:.0f} s ({status}), and a run waits {LONGEST_WAIT:.0f} s at most"
+    else:
+        retry = status in (408, 409, 425, 429) or status >= 500
+        reason = f"{server} answered {status}: {words or 'without a word'}"
+        return ModelFault(reason, retry, wait if retry else None)
+    return ModelFault(f"{what}. {words}", False, None)
+
+
+def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
+    """The reason where no whole answer came: the first cause, without Python's names."""
+    names = _class_names(error)
+    cause = error
+    for _ in range(10):
+        inner = cause.__cause__ or cause.__context__
+        if inner is None or isinstance(inner, asyncio.CancelledError):
+            break
+        cause = inner
+        names |= _class_names(cause)
+    text = said(cause)
+    if isinstance(cause, ConnectionError) and cause.errno:
+        text = os.strerror(cause.errno)
+    text = _quoted(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
+    server = _server(config)
+    proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
+    if names & GARBLED:
+        return f"{server} sent what is no valid answer: {text}"
+    if names & LATE:
+        return f"{server} did not answer in time{f': {text}' if text else ''}"
+    if names & BROKEN:
+        return f"{server} broke off the connection: {text}"
+    return f"{server} cannot be reached: {text}. Check {setting_name(config, 'base_url')}{proxy}"
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _error_object(body: object) -> Mapping[str, Any]:
+    """OpenAI's SDK takes `error` out of the body, Anthropic's does not, and Gemini sends a list."""
+    for _ in range(3):
+        if isinstance(body, list):
+            body = body[0] if body else {}
+        if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping | list):
+            body = body["error"]
+    return body if isinstance(body, Mapping) else {}
+
+
+def _deduced_status(found: Mapping[str, Any], words: str) -> int:
+    """The status of an error object that came without one; 500, which may pass, where it does not say."""
+    for name in ("code", "status", "type"):
+        value = str(found.get(name) or "")
+        if re.fullmatch(r"[45]\d\d", value):
+            return int(value)
+        if value in STATUS_BY_NAME:
+            return STATUS_BY_NAME[value]
+    return 404 if "endpoint or method" in words else 500  # LM Studio's answer to an unknown path
+
+
+def _asked_wait(error: BaseException, body: object) -> float | None:
+    """Seconds the server asked to wait: retry-after-ms, retry-after (seconds or a date), Gemini's retryDelay."""
+    headers = getattr(getattr(error, "response", error), "headers", None) or {}
+    millis = str(headers.get("retry-after-ms") or "")
+    text = str(headers.get("retry-after") or "")
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", millis):
+        return float(millis) / 1000
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        return float(text)
+    if text:
+        with contextlib.suppress(ValueError):
+            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    delay = re.search(
+        r"'retryDelay': '(\d{1,9}(?:\.\d+)?)s'", str(_error_object(body).get("details"))
+    )
+    return float(delay[1]) if delay else None
+
+
+def server_words(body: object, levels: int = 6) -> str:
+    """The words for a person in an error's body: an object, Gemini's list, FastAPI's `detail`, text, a web page."""
+    if isinstance(body, str):
+        title = re.search(r"<title>([^<]{1,300})", body[:20_000], re.IGNORECASE)
+        return title[1] if title else re.sub(r"<[^<>]{1,300}>", " ", body[:20_000])
+    if isinstance(body, list) and levels:
+        return "; ".join(server_words(item, levels - 1) for item in body[:3])
+    if body and isinstance(body, Mapping) and levels:
+        name = next(
+            (name for name in ("error", "message", "detail", "msg") if body.get(name)), None
+        )
+        if name is None:
+            return encode(fit(body))
+        place = ".".join(map(str, body.get("loc") or ()))  # FastAPI: the field that is wrong
+        words = server_words(body[name], levels - 1)
+        metadata = body.get("metadata")
+        raw = (
+            metadata.get("raw") if isinstance(metadata, Mapping) else None
+        )  # OpenRouter: its provider's words
+        return ": ".join(filter(None, (place, words, raw and str(raw))))
+    return str(fit(body, 300)) if body else ""
+
+
+def _quoted(body: object, secrets: Sequence[str]) -> str:
+    """What the server said, on one line, without secrets, at most 300 characters."""
+    text = " ".join(redact(server_words(body), secrets).split())
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+# What a person should look at where there is no API at a base URL.
+URL_ADVICE: Mapping[str, str] = {
+    "azure": "as https://<resource>.openai.azure.com",
+    "anthropic": "without the /v1/messages that is added to it",
+    "claude": "without the /v1/messages that is added to it",
+    "ollama": "does it end in /api?",
+    "ollama.generate": "does it end in /api?",
+}
+
+
+def _check_url(config: Any) -> str:
+    name = setting_name(config, "base_url")
+    if re.search(r"/v\d\w*(/openai)?/?$", str(config.base_url)):
+        return f"check {name}"
+    return f"check {name} ({URL_ADVICE.get(_vendor(config), 'does it end in /v1?')})"
+
+
+def _server(config: Any) -> str:
+    """The server by its address, without a password in it."""
+    parts = urlsplit(config.base_url or "")
+    address = (
+        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        if parts.netloc
+        else _vendor(config)
+    )
+    return f"the model API at {address}"
+
+
+def _vendor(config: Any) -> str:
+    return str(getattr(config.api_type, "value", config.api_type))
+
+
+def setting_name(config: Any, field: str) -> str:
+    """Where a person sets `field` of a model: the environment has names for those of OpenAI."""
+    return (
+        f"OPENAI_{field.upper()} or llm.{field}" if _vendor(config) == "openai" else f"llm.{field}"
+    )
 
 
 def _class_name(path: str) -> str:

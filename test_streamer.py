@@ -16,7 +16,9 @@ import asyncio
 import configparser
 import contextlib
 import dataclasses
+import errno
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -38,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -1624,6 +1627,261 @@ assert not {"metagpt", "openai", "loguru", "pydantic", "yaml", "numpy"} & set(sy
         assert script.wait() == 0, "".join(script.errors)
 
 
+def sdk_error(vendor: str, response: httpx2.Response) -> Exception:
+    """What the vendor's own client raises for an answer."""
+    sdk: Any = importlib.import_module("anthropic" if vendor == "anthropic" else "openai")
+    options: dict[str, Any] = {
+        "api_key": KEY,
+        "max_retries": 0,
+        "base_url": "http://models.test/v1",
+    }
+    request: dict[str, Any] = {"model": "some-model", "max_tokens": 1}
+    request["messages"] = [{"role": "user", "content": "hello"}]
+    transport = httpx2.MockTransport(lambda _: response)
+    with httpx2.Client(transport=transport) as http:
+        if vendor == "anthropic":
+            ask = sdk.Anthropic(http_client=http, **options).messages.create
+        else:
+            ask = sdk.OpenAI(http_client=http, **options).chat.completions.create
+        with pytest.raises(sdk.APIError) as caught:
+            ask(**request)
+    error: Exception = caught.value
+    return error
+
+
+def model_settings(
+    vendor: str = "openai", base_url: str = "http://models.test/v1"
+) -> types.SimpleNamespace:
+    """A model's configuration, as far as `model_fault` reads it."""
+    return types.SimpleNamespace(
+        api_type=vendor, base_url=base_url, model="some-model", max_token=4096, proxy=None
+    )
+
+
+API = "the model API at http://models.test/v1"
+LIMIT = {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3.5s"}
+QUOTA = {"error": {"code": 429, "message": "over the current quota", "details": [RETRY_INFO]}}
+RAW = {"error": {"message": "Provider returned error", "metadata": {"raw": "busy upstream"}}}
+OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+GATEWAY = "<html><head><title>502 Bad Gateway</title></head></html>"
+PAST = "Sun, 06 Nov 1994 08:49:37 GMT"
+# vendor, status, headers, body; the seconds to wait, the reason
+TRIED_AGAIN: list[tuple[str, int, dict[str, str], Any, float | None, str]] = [
+    ("openai", 429, {}, LIMIT, None, "answered 429: slow down"),
+    ("openai", 429, {"retry-after": "2"}, LIMIT, 2.0, "answered 429: slow down"),
+    (
+        "openai",
+        429,
+        {"retry-after": "1", "retry-after-ms": "300"},
+        LIMIT,
+        0.3,
+        "answered 429: slow down",
+    ),
+    ("openai", 429, {"retry-after": PAST}, LIMIT, 0.0, "answered 429: slow down"),
+    ("openai", 429, {"retry-after": "soon"}, LIMIT, None, "answered 429: slow down"),
+    ("openai", 429, {}, [QUOTA], 3.5, "answered 429: over the current quota"),
+    ("openai", 429, {}, RAW, None, "answered 429: Provider returned error: busy upstream"),
+    ("openai", 502, {}, GATEWAY, None, "answered 502: 502 Bad Gateway"),
+    ("openai", 503, {}, "", None, "answered 503: without a word"),
+    ("anthropic", 529, {}, OVERLOADED, None, "answered 529: Overloaded"),
+]
+
+
+@pytest.mark.parametrize(("vendor", "status", "headers", "body", "wait", "reason"), TRIED_AGAIN)
+def test_model_fault_that_may_pass_is_tried_again(
+    vendor: str, status: int, headers: dict[str, str], body: Any, wait: float | None, reason: str
+) -> None:
+    """A server that is busy says so in its own words, and for how long."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    error = sdk_error(vendor, httpx2.Response(status, headers=headers, content=text))
+    assert streamer.model_fault(error, model_settings(vendor), []) == (
+        f"{API} {reason}",
+        True,
+        wait,
+    )
+
+
+TOO_LONG = "maximum context length is 4096 tokens (904 in the messages, 4096 in the completion)"
+# vendor, status, body; the reason
+FINAL: list[tuple[str, int, Any, str]] = [
+    (
+        "openai",
+        429,
+        {"error": {"message": "no more", "code": "insufficient_quota"}},
+        "says that no credit is left (429): add some, or change OPENAI_API_KEY or llm.api_key. no more",
+    ),
+    (
+        "openai",
+        402,
+        {"error": {"message": "Insufficient Balance", "code": 402}},
+        "says that no credit is left (402): add some, or change OPENAI_API_KEY or llm.api_key. Insufficient Balance",
+    ),
+    (
+        "anthropic",
+        400,
+        {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low"}},
+        "says that no credit is left (400): add some, or change llm.api_key. Your credit balance is too low",
+    ),
+    (
+        "openai",
+        401,
+        {"error": {"message": f"not {KEY}"}},
+        "rejected the key (401): check OPENAI_API_KEY or llm.api_key. not ***",
+    ),
+    (
+        "anthropic",
+        401,
+        {"error": {"message": "invalid x-api-key"}},
+        "rejected the key (401): check llm.api_key. invalid x-api-key",
+    ),
+    (
+        "openai",
+        400,
+        [{"error": {"message": "API key not valid. Please pass one"}}],
+        "rejected the key (400): check OPENAI_API_KEY or llm.api_key. API key not valid. Please pass one",
+    ),
+    (
+        "openai",
+        403,
+        {"error": {"message": "not in your country"}},
+        "refused access (403): check that OPENAI_API_KEY or llm.api_key may use 'some-model' "
+        "(OPENAI_MODEL or llm.model). not in your country",
+    ),
+    (
+        "openai",
+        404,
+        {"error": {"message": "it does not exist", "code": "model_not_found"}},
+        "has no model 'some-model' (404): check OPENAI_MODEL or llm.model. it does not exist",
+    ),
+    (
+        "azure",
+        404,
+        {"error": {"code": "DeploymentNotFound", "message": "no such resource"}},
+        "has no model 'some-model' (404): check llm.model. no such resource",
+    ),
+    (
+        "openai",
+        404,
+        {"detail": "Not Found"},
+        "has nothing at this address (404): check OPENAI_BASE_URL or llm.base_url. Not Found",
+    ),
+    (
+        "openai",
+        422,
+        {"detail": [{"loc": ["body", "n"], "msg": "Field required"}, {"msg": "and more"}]},
+        "answered 422: body.n: Field required; and more",
+    ),
+    (
+        "openai",
+        400,
+        {"object": "error", "message": TOO_LONG},
+        "finds the prompt too long (400): take a model with a larger context "
+        f"(OPENAI_MODEL or llm.model), a smaller llm.max_token (now 4096). {TOO_LONG}",
+    ),
+    ("openai", 400, {"error": {"message": "w" * 5000}}, f"answered 400: {'w' * 299}…"),
+]
+
+
+@pytest.mark.parametrize(("vendor", "status", "body", "reason"), FINAL)
+def test_model_fault_that_cannot_pass_names_the_setting(
+    vendor: str, status: int, body: Any, reason: str
+) -> None:
+    """What stays as it is until a person changes something says what that is."""
+    error = sdk_error(vendor, httpx2.Response(status, json=body))
+    assert streamer.model_fault(error, model_settings(vendor), [KEY]) == (
+        f"{API} {reason}",
+        False,
+        None,
+    )
+
+
+def test_model_fault_with_a_wait_of_an_hour_is_final() -> None:
+    """Nobody is held for an hour by a server's rate limit."""
+    error = sdk_error("openai", httpx2.Response(429, headers={"retry-after": "3600"}, json=LIMIT))
+    reason = f"{API} wants no request for 3600 s (429), and a run waits 120 s at most. slow down"
+    assert streamer.model_fault(error, model_settings(), []) == (reason, False, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "retry"),
+    [
+        ({"error": {"message": "no GPU", "type": "server_error"}}, "answered 500: no GPU", True),
+        ({"object": "error", "message": "no GPU", "code": 503}, "answered 503: no GPU", True),
+        (LIMIT, "answered 429: slow down", True),
+        (OVERLOADED, "answered 529: Overloaded", True),
+        ({"error": "no GPU"}, "answered 500: no GPU", True),
+        (
+            {"error": "Unexpected endpoint or method. (POST /chat)"},
+            "has nothing at this address (404): check OPENAI_BASE_URL or llm.base_url. "
+            "Unexpected endpoint or method. (POST /chat)",
+            False,
+        ),
+    ],
+)
+def test_model_fault_takes_the_status_from_an_error_object(
+    body: Any, reason: str, retry: bool
+) -> None:
+    """An error that came inside a stream means what the same error means as a status."""
+    error = streamer.ServerError(body, 200)
+    assert streamer.model_fault(error, model_settings(), []) == (f"{API} {reason}", retry, None)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "base_url", "advice"),
+    [
+        (
+            "openai",
+            "http://u:pass@models.test",
+            "OPENAI_BASE_URL or llm.base_url (does it end in /v1?)",
+        ),
+        ("ollama", "http://models.test", "llm.base_url (does it end in /api?)"),
+        ("azure", "http://models.test", "llm.base_url (as https://<resource>.openai.azure.com)"),
+    ],
+)
+def test_model_fault_names_the_base_url_where_a_page_came(
+    vendor: str, base_url: str, advice: str
+) -> None:
+    """A 200 that is no completion comes from another program: the address is what to change."""
+    error = streamer.NotACompletion("<!doctype html><title>Open WebUI</title>")
+    reason = f"the model API at http://models.test sent no completion: check {advice}. Open WebUI"
+    assert streamer.model_fault(error, model_settings(vendor, base_url), []) == (
+        reason,
+        False,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 9)"),
+            "cannot be reached: Connection refused. Check OPENAI_BASE_URL or llm.base_url",
+        ),
+        (
+            httpx2.ConnectError("[Errno -2] Name or service not known"),
+            "cannot be reached: Name or service not known. Check OPENAI_BASE_URL or llm.base_url",
+        ),
+        (httpx2.ReadTimeout(""), "did not answer in time"),
+        (TimeoutError("silent for 300 s"), "did not answer in time: silent for 300 s"),
+        (httpx2.RemoteProtocolError("peer closed"), "broke off the connection: peer closed"),
+        (
+            json.JSONDecodeError("Expecting value", "{", 1),
+            "sent what is no valid answer: Expecting value: line 1 column 2 (char 1)",
+        ),
+    ],
+)
+def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) -> None:
+    """The first cause is told, without the names of Python's classes, and the request tried again."""
+    assert streamer.model_fault(error, model_settings(), []) == (f"{API} {reason}", True, None)
+
+
+def test_model_fault_is_none_for_other_errors() -> None:
+    """An error of MetaGPT's own code is not the model's."""
+    assert streamer.model_fault(KeyError("text"), model_settings(), []) is None
+
+
 def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Process]) -> None:
     """PRD, design, tasks, code and reviews, token by token, by the real engine; files, cost and progress reported."""
     client, model, server = metagpt
@@ -1674,7 +1932,7 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
 
 FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[401]", {}, "FAILED", r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY"),
-    ("[404]", {}, "FAILED", r"has no model 'gpt-4o' \(404\): check OPENAI_MODEL"),
+    ("[404]", {}, "FAILED", r"has nothing at this address \(404\): check OPENAI_BASE_URL or llm.base_url"),
     ("[garbage]", {}, "FAILED", r"ProductManager failed in WritePRD: .*, after 6 attempts; a stronger model"),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
