@@ -2583,32 +2583,33 @@ def _refusal(
     server = _server(config)
     key = setting_name(config, "api_key")
     model = setting_name(config, "model")
+
+    def final(problem: str, advice: str) -> ModelFault:
+        return ModelFault(f"{server} {problem} ({status}): {advice}. {words}", False, None)
+
     if TOO_LONG.search(f"{code} {words}"):
-        smaller = (
-            f", a smaller llm.max_token (now {config.max_token})" if "completion" in words else ""
-        )
-        what = f"{server} finds the prompt too long ({status}): take a model with a larger context ({model}){smaller}"
-    elif (
-        status == 402 or code == "insufficient_quota" or (wait is None and NO_CREDIT.search(words))
-    ):
-        what = f"{server} says that no credit is left ({status}): add some, or change {key}"
-    elif status == 401 or BAD_KEY.search(words):
-        what = f"{server} rejected the key ({status}): check {key}"
-    elif status == 403:
-        what = f"{server} refused access ({status}): check that {key} may use {config.model!r} ({model})"
-    elif status == 404 and (
-        re.search("model|deployment", f"{code} {words}", re.I) or str(config.model) in words
-    ):
-        what = f"{server} has no model {config.model!r} ({status}): check {model}"
-    elif status in (404, 405):
-        what = f"{server} has nothing at this address ({status}): {_check_url(config)}"
-    elif wait and wait > LONGEST_WAIT:
-        what = f"{server} wants no request for {wait:.0f} s ({status}), and a run waits {LONGEST_WAIT:.0f} s at most"
-    else:
-        retry = status in (408, 409, 425, 429) or status >= 500
-        reason = f"{server} answered {status}: {words or 'without a word'}"
-        return ModelFault(reason, retry, wait if retry else None)
-    return ModelFault(f"{what}. {words}", False, None)
+        advice = f"take a model with a larger context ({model})"
+        if "completion" in words:
+            advice = f"{advice}, or a smaller llm.max_token (now {config.max_token})"
+        return final("finds the prompt too long", advice)
+    no_credit = wait is None and NO_CREDIT.search(words)
+    if status == 402 or code == "insufficient_quota" or no_credit:
+        return final("says that no credit is left", f"add some, or change {key}")
+    if status == 401 or BAD_KEY.search(words):
+        return final("rejected the key", f"check {key}")
+    if status == 403:
+        return final("refused access", f"check that {key} may use {config.model!r} ({model})")
+    names_model = f"model|deployment|{re.escape(config.model)}"
+    if status == 404 and re.search(names_model, f"{code} {words}", re.IGNORECASE):
+        return final(f"has no model {config.model!r}", f"check {model}")
+    if status in (404, 405):
+        return final("has nothing at this address", _check_url(config))
+    if wait and wait > LONGEST_WAIT:
+        advice = f"a run waits {LONGEST_WAIT:.0f} s at most"
+        return final(f"wants no request for {wait:.0f} s", advice)
+    retry = status in (408, 409, 425, 429) or status >= 500
+    reason = f"{server} answered {status}: {words or 'without a word'}"
+    return ModelFault(reason, retry, wait if retry else None)
 
 
 def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
@@ -2651,7 +2652,7 @@ def _error_object(body: object) -> Mapping[str, Any]:
 
 
 def _deduced_status(found: Mapping[str, Any], words: str) -> int:
-    """The status of an error object that came without one; 500, which may pass, where it does not say."""
+    """The status of an error object that came without one; 500 where it does not say."""
     for name in ("code", "status", "type"):
         value = str(found.get(name) or "")
         if re.fullmatch(r"[45]\d\d", value):
@@ -2662,7 +2663,7 @@ def _deduced_status(found: Mapping[str, Any], words: str) -> int:
 
 
 def _asked_wait(error: BaseException, body: object) -> float | None:
-    """Seconds the server asked to wait: retry-after-ms, retry-after (seconds or a date), Gemini's retryDelay."""
+    """Seconds to wait: retry-after-ms, retry-after (seconds or a date), or Gemini's retryDelay."""
     headers = getattr(getattr(error, "response", error), "headers", None) or {}
     millis = str(headers.get("retry-after-ms") or "")
     text = str(headers.get("retry-after") or "")
@@ -2680,7 +2681,7 @@ def _asked_wait(error: BaseException, body: object) -> float | None:
 
 
 def server_words(body: object, levels: int = 6) -> str:
-    """The words for a person in an error's body: an object, Gemini's list, FastAPI's `detail`, text, a web page."""
+    """What an error's body says: OpenAI's form, Gemini's list, FastAPI's `detail`, text, a page."""
     if isinstance(body, str):
         title = re.search(r"<title>([^<]{1,300})", body[:20_000], re.IGNORECASE)
         return title[1] if title else re.sub(r"<[^<>]{1,300}>", " ", body[:20_000])

@@ -1709,19 +1709,22 @@ FINAL: list[tuple[str, int, Any, str]] = [
         "openai",
         429,
         {"error": {"message": "no more", "code": "insufficient_quota"}},
-        "says that no credit is left (429): add some, or change OPENAI_API_KEY or llm.api_key. no more",
+        "says that no credit is left (429): add some, or change OPENAI_API_KEY or llm.api_key. "
+        "no more",
     ),
     (
         "openai",
         402,
         {"error": {"message": "Insufficient Balance", "code": 402}},
-        "says that no credit is left (402): add some, or change OPENAI_API_KEY or llm.api_key. Insufficient Balance",
+        "says that no credit is left (402): add some, or change OPENAI_API_KEY or llm.api_key. "
+        "Insufficient Balance",
     ),
     (
         "anthropic",
         400,
         {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low"}},
-        "says that no credit is left (400): add some, or change llm.api_key. Your credit balance is too low",
+        "says that no credit is left (400): add some, or change llm.api_key. "
+        "Your credit balance is too low",
     ),
     (
         "openai",
@@ -1739,7 +1742,8 @@ FINAL: list[tuple[str, int, Any, str]] = [
         "openai",
         400,
         [{"error": {"message": "API key not valid. Please pass one"}}],
-        "rejected the key (400): check OPENAI_API_KEY or llm.api_key. API key not valid. Please pass one",
+        "rejected the key (400): check OPENAI_API_KEY or llm.api_key. "
+        "API key not valid. Please pass one",
     ),
     (
         "openai",
@@ -1777,7 +1781,7 @@ FINAL: list[tuple[str, int, Any, str]] = [
         400,
         {"object": "error", "message": TOO_LONG},
         "finds the prompt too long (400): take a model with a larger context "
-        f"(OPENAI_MODEL or llm.model), a smaller llm.max_token (now 4096). {TOO_LONG}",
+        f"(OPENAI_MODEL or llm.model), or a smaller llm.max_token (now 4096). {TOO_LONG}",
     ),
     ("openai", 400, {"error": {"message": "w" * 5000}}, f"answered 400: {'w' * 299}…"),
 ]
@@ -1799,7 +1803,7 @@ def test_model_fault_that_cannot_pass_names_the_setting(
 def test_model_fault_with_a_wait_of_an_hour_is_final() -> None:
     """Nobody is held for an hour by a server's rate limit."""
     error = sdk_error("openai", httpx2.Response(429, headers={"retry-after": "3600"}, json=LIMIT))
-    reason = f"{API} wants no request for 3600 s (429), and a run waits 120 s at most. slow down"
+    reason = f"{API} wants no request for 3600 s (429): a run waits 120 s at most. slow down"
     assert streamer.model_fault(error, model_settings(), []) == (reason, False, None)
 
 
@@ -1873,7 +1877,7 @@ def test_model_fault_names_the_base_url_where_a_page_came(
     ],
 )
 def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) -> None:
-    """The first cause is told, without the names of Python's classes, and the request tried again."""
+    """The first cause is told, without the names of Python's classes, and it is tried again."""
     assert streamer.model_fault(error, model_settings(), []) == (f"{API} {reason}", True, None)
 
 
@@ -1932,7 +1936,7 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
 
 FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[401]", {}, "FAILED", r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY"),
-    ("[404]", {}, "FAILED", r"has nothing at this address \(404\): check OPENAI_BASE_URL or llm.base_url"),
+    ("[404]", {}, "FAILED", r"has nothing at this address \(404\): check OPENAI_BASE_URL"),
     ("[garbage]", {}, "FAILED", r"ProductManager failed in WritePRD: .*, after 6 attempts; a stronger model"),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
