@@ -48,6 +48,7 @@ import sqlite3
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -74,7 +75,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, get_type_hints
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -3335,12 +3336,16 @@ def _supervisor(connection: HTTPConnection) -> Supervisor:
     return supervisor
 
 
-def _query(params: QueryParams, name: str, default: Any, parse: Callable[[str], Any], expected: str) -> Any:
-    """A parameter of the query string. Raises InvalidRequest."""
+def _query(
+    params: QueryParams, name: str, default: Any, parse: Callable[[str], Any], words: str
+) -> Any:
+    """A parameter of the query string; `words` say what it must be. Raises InvalidRequest."""
+    if name not in params:
+        return default
     try:
-        return parse(params[name]) if name in params else default
+        return parse(params[name])
     except ValueError:
-        raise InvalidRequest(f"{name} must be {expected}, not {quoted(params[name])}") from None
+        raise InvalidRequest(f"{name} must be {words}, not {quoted(params[name])}") from None
 
 
 def _whole(params: QueryParams, name: str, default: int, low: int = 0, high: int = 2**53) -> int:
@@ -3351,61 +3356,86 @@ def _whole(params: QueryParams, name: str, default: int, low: int = 0, high: int
             raise ValueError
         return int(text)
 
-    number: int = _query(params, name, default, parse, f"a whole number from {low} to {high}")
+    words = f"a whole number from {low} to {high}"
+    number: int = _query(params, name, default, parse, words)
     return number
 
 
 def _types(params: QueryParams) -> frozenset[EventType] | None:
-    parse = lambda text: frozenset(map(EventType, text.split(","))) if text else None  # noqa: E731
-    types: frozenset[EventType] | None = _query(params, "types", None, parse, f"some of {','.join(EventType)}")
+    """The event types a client wants; None for all."""
+
+    def parse(text: str) -> frozenset[EventType] | None:
+        return frozenset(map(EventType, text.split(","))) if text else None
+
+    words = f"some of {','.join(EventType)}"
+    types: frozenset[EventType] | None = _query(params, "types", None, parse, words)
     return types
 
 
 def check_access(connection: HTTPConnection) -> None:
-    """Who may come in: by the names this service has, from pages it knows, with the token. Raises what is wrong.
+    """Who may come in: by this service's names, from pages it knows, with the token.
 
-    Web pages anywhere can make a browser on this machine send requests here: `Host` stops those whose own name
-    was made to point here (DNS rebinding), `Origin` all others.
+    Web pages anywhere can make a browser on this machine send requests here: `Host` stops those
+    whose own name was made to point here (DNS rebinding), `Origin` all others. Raises
+    MisdirectedRequest, Forbidden, Unauthorized.
     """
     settings = _supervisor(connection).settings
-    hosts, origins = (connection.headers.getlist(name) for name in ("host", "origin"))
+    host = _check_host(connection, settings)
+    _check_origin(connection, settings, host)
+    if settings.token:
+        _check_token(connection, settings.token)
+
+
+def _check_host(connection: HTTPConnection, settings: Settings) -> tuple[str, int | None]:
+    hosts = connection.headers.getlist("host")
     host = parse_host(hosts[0]) if len(hosts) == 1 else None
     if host is None or not (is_loopback(host[0]) or host[0] in settings.names):
         name = quoted(", ".join(hosts))
-        raise MisdirectedRequest(f"Host {name} is not a name of this service; allowed_hosts names them")
-    for text in origins:
+        raise MisdirectedRequest(
+            f"Host {name} is not a name of this service; allowed_hosts names them"
+        )
+    return host
+
+
+def _check_origin(
+    connection: HTTPConnection, settings: Settings, host: tuple[str, int | None]
+) -> None:
+    for text in connection.headers.getlist("origin"):
         origin = parse_origin(text)
-        own = origin is not None and origin[1:] == (host[0], host[1] or DEFAULT_PORTS[origin[0]])
-        if not own and origin not in settings.origins:
-            raise Forbidden(f"Origin {quoted(text)} is not allowed; allowed_origins names those that are")
+        if origin in settings.origins:
+            continue
+        if origin is None or origin[1:] != (host[0], host[1] or DEFAULT_PORTS[origin[0]]):
+            raise Forbidden(
+                f"Origin {quoted(text)} is not allowed; allowed_origins names those that are"
+            )
+
+
+def _check_token(connection: HTTPConnection, token: str) -> None:
     path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
-    if settings.token and path not in ("/", "/healthz"):
-        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        opened = connection.scope["type"] == "websocket" or path.endswith("/events")  # by a browser, without a header
-        if opened and "token" in connection.query_params:
-            scheme, given = "bearer", connection.query_params["token"]
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), settings.token.encode()):
-            raise Unauthorized("a token is needed: the header `Authorization: Bearer …`, or `?token=` in a browser")
+    if path in ("/", "/healthz"):
+        return
+    scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+    # A browser opens sockets and event streams without a header.
+    opened = connection.scope["type"] == "websocket" or path.endswith("/events")
+    if opened and "token" in connection.query_params:
+        scheme = "bearer"
+        given = connection.query_params["token"]
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+        ways = "the header `Authorization: Bearer …`, or `?token=` in a browser"
+        raise Unauthorized(f"a token is needed: {ways}")
 
 
-async def _json_object(request: Request, limit: int, patience: float) -> dict[str, Any]:
+async def _json_object(request: Request, settings: Settings) -> dict[str, Any]:
     """Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout, InvalidRequest."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
-        raise UnsupportedMediaType(f"Content-Type must be application/json, not {quoted(media_type)}")
-    body = bytearray()
+        raise UnsupportedMediaType(
+            f"Content-Type must be application/json, not {quoted(media_type)}"
+        )
+    # JSON may take twelve bytes for a character: two escaped surrogates.
+    body = await _read_body(request, 12 * settings.max_prompt + 65536, settings.send_timeout)
     try:
-        with anyio.fail_after(patience):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise PayloadTooLarge(f"the body must be at most {limit} bytes")
-    except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {patience:g} s") from None
-    except ClientDisconnect:
-        raise InvalidRequest("the client went away before its body had come") from None
-    try:
-        value = json.loads(bytes(body), parse_constant=int)  # which refuses NaN and Infinity
+        value = json.loads(body, parse_constant=int)  # which refuses NaN and Infinity
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body must be JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
@@ -3413,31 +3443,57 @@ async def _json_object(request: Request, limit: int, patience: float) -> dict[st
     return value
 
 
-def _text(body: Mapping[str, Any], name: str, longest: int) -> str:
+async def _read_body(request: Request, limit: int, seconds: float) -> bytes:
+    body = bytearray()
+    try:
+        with anyio.fail_after(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise PayloadTooLarge(f"the body must be at most {limit} bytes")
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not come within {seconds:g} s") from None
+    except ClientDisconnect:
+        raise InvalidRequest("the client went away before its body had come") from None
+    return bytes(body)
+
+
+def parse_text(body: Mapping[str, Any], name: str, longest: int) -> str:
+    """Raises InvalidRequest."""
     if name not in body:
         raise InvalidRequest(f"{name} is missing")
-    if not isinstance(value := body[name], str):
+    value = body[name]
+    if not isinstance(value, str):
         raise InvalidRequest(f"{name} must be a string, not {kind_of(value)}")
     if not value.strip() or len(value) > longest:
-        raise InvalidRequest(f"{name} must be 1 to {longest} characters, not only blanks; it has {len(value)}")
+        words = f"1 to {longest} characters, not only blanks"
+        raise InvalidRequest(f"{name} must be {words}; it has {len(value)}")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise InvalidRequest(f"{name} must be Unicode text; it holds an unpaired surrogate")
     return value
 
 
-async def create_task(request: Request) -> Response:
-    supervisor, settings = _supervisor(request), _supervisor(request).settings
-    # JSON may take twelve bytes for a character: two escaped surrogates.
-    body = await _json_object(request, 12 * settings.max_prompt + 65536, settings.send_timeout)
-    if unknown := sorted(set(body) - {"input_prompt", "title", "options"}):
-        raise InvalidRequest(f"{quoted(unknown[0])} is unknown; the fields are input_prompt, title, options")
-    prompt = _text(body, "input_prompt", settings.max_prompt)
-    title = _text(body, "title", 200) if "title" in body else prompt.strip().splitlines()[0][:80]
+def parse_task(body: Mapping[str, Any], settings: Settings) -> tuple[str, str, dict[str, Any]]:
+    """Prompt, title and options. Raises InvalidRequest, Forbidden."""
+    unknown = sorted(set(body) - {"input_prompt", "title", "options"})
+    if unknown:
+        known = "input_prompt, title, options"
+        raise InvalidRequest(f"{quoted(unknown[0])} is unknown; the fields are {known}")
+    prompt = parse_text(body, "input_prompt", settings.max_prompt)
+    title = prompt.strip().splitlines()[0][:80]
+    if "title" in body:
+        title = parse_text(body, "title", 200)
     options = parse_options(body.get("options", {}), settings.task_timeout)
     if options["run_tests"] and not settings.allow_run_tests:
-        raise Forbidden(
-            "options.run_tests executes what the model wrote; a server started with --allow-run-tests does it"
-        )
+        how = "a server started with --allow-run-tests does it"
+        raise Forbidden(f"options.run_tests executes what the model wrote; {how}")
+    return prompt, title, options
+
+
+async def create_task(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    body = await _json_object(request, supervisor.settings)
+    prompt, title, options = parse_task(body, supervisor.settings)
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
@@ -3448,15 +3504,23 @@ async def create_task(request: Request) -> Response:
 
 async def list_tasks(request: Request) -> Response:
     params = request.query_params
-    page, size = _whole(params, "page", 1, 1, 10**9), _whole(params, "page_size", 10, 1, 100)
+    page = _whole(params, "page", 1, 1, 10**9)
+    size = _whole(params, "page_size", 10, 1, 100)
     status = _query(params, "status", None, TaskStatus, f"one of {', '.join(TaskStatus)}")
     tasks, total = await _supervisor(request).store.page(status, (page - 1) * size, size)
-    pages = {"total": total, "page": page, "page_size": size, "total_pages": -(-total // size)}
-    return JSONResponse({"items": [asdict(task) for task in tasks], **pages})
+    answer = {
+        "items": [asdict(task) for task in tasks],
+        "total": total,
+        "page": page,
+        "page_size": size,
+        "total_pages": math.ceil(total / size),
+    }
+    return JSONResponse(answer)
 
 
 async def get_task(request: Request) -> Response:
-    return JSONResponse(asdict(await _supervisor(request).get(request.path_params["task_id"])))
+    task = await _supervisor(request).get(request.path_params["task_id"])
+    return JSONResponse(asdict(task))
 
 
 async def delete_task(request: Request) -> Response:
@@ -3465,63 +3529,111 @@ async def delete_task(request: Request) -> Response:
 
 
 async def get_state(request: Request) -> Response:
-    return JSONResponse((await _supervisor(request).state(request.path_params["task_id"])).as_dict())
+    state = await _supervisor(request).state(request.path_params["task_id"])
+    return JSONResponse(state.as_dict())
 
 
 async def run_task(request: Request) -> Response:
     restart = _query(request.query_params, "restart", False, parse_bool, "true or false")
-    return JSONResponse(asdict(await _supervisor(request).start(request.path_params["task_id"], restart)), 202)
+    task = await _supervisor(request).start(request.path_params["task_id"], restart)
+    return JSONResponse(asdict(task), 202)
 
 
 async def cancel_task(request: Request) -> Response:
-    return JSONResponse(asdict(await _supervisor(request).cancel(request.path_params["task_id"])), 202)
+    task = await _supervisor(request).cancel(request.path_params["task_id"])
+    return JSONResponse(asdict(task), 202)
 
 
 async def get_events(request: Request) -> Response:
     """A page of the log; the live stream for a client that accepts text/event-stream."""
-    supervisor, task_id, params = _supervisor(request), request.path_params["task_id"], request.query_params
-    types, resume = _types(params), request.headers.get("last-event-id")
-    after = _whole(params if resume is None else QueryParams({"after": resume}), "after", 0)
-    state = await supervisor.state(task_id)
     if "text/event-stream" in request.headers.get("accept", ""):
-        if resume is not None and state.status in ENDED and after >= state.last_event_id:
-            return Response(status_code=204)  # which keeps an EventSource from connecting again
-        if request.method == "HEAD":
-            return Response(media_type="text/event-stream")
-        stack = contextlib.AsyncExitStack()
-        return EventStream(await stack.enter_async_context(supervisor.watch(task_id, after, types)), stack)
-    events = await supervisor.store.read(task_id, after, _whole(params, "limit", 1000, 1, 1000))
+        return await _stream_events(request)
+    supervisor = _supervisor(request)
+    task_id = request.path_params["task_id"]
+    types = _types(request.query_params)
+    after = _cursor(request)
+    limit = _whole(request.query_params, "limit", 1000, 1, 1000)
+    state = await supervisor.state(task_id)
+    events = await supervisor.store.read(task_id, after, limit)
     last = events[-1].event_id if events else min(after, state.last_event_id)
-    data = ",".join(event.data for event in events if types is None or event.event_type in types)
+    wanted = [event.data for event in events if types is None or event.event_type in types]
     more = encode(last < state.last_event_id)
-    return Response(f'{{"events":[{data}],"last_event_id":{last},"has_more":{more}}}', media_type="application/json")
+    text = f'{{"events":[{",".join(wanted)}],"last_event_id":{last},"has_more":{more}}}'
+    return Response(text, media_type="application/json")
+
+
+def _cursor(request: Request) -> int:
+    """The last event a client has: the header with which an EventSource resumes wins."""
+    resume = request.headers.get("last-event-id")
+    if resume is None:
+        return _whole(request.query_params, "after", 0)
+    return _whole(QueryParams({"after": resume}), "after", 0)
+
+
+async def _stream_events(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    task_id = request.path_params["task_id"]
+    types = _types(request.query_params)
+    after = _cursor(request)
+    state = await supervisor.state(task_id)
+    resumes = "last-event-id" in request.headers
+    if resumes and state.status in ENDED and after >= state.last_event_id:
+        return Response(status_code=204)  # which keeps an EventSource from connecting again
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream")
+    return EventStream(supervisor.watch(task_id, after, types))
 
 
 async def list_artifacts(request: Request) -> Response:
-    task = await _supervisor(request).get(request.path_params["task_id"])
-    files = await anyio.to_thread.run_sync(list, list_files(_supervisor(request).settings.workspace / task.id))
-    return JSONResponse([{"path": path, "size": size, "modified": now(at / 1e9)} for path, size, at in files])
+    supervisor = _supervisor(request)
+    task = await supervisor.get(request.path_params["task_id"])
+    root = supervisor.settings.workspace / task.id
+    files = await anyio.to_thread.run_sync(list, list_files(root))
+    answer = [
+        {"path": path, "size": size, "modified": now(modified / 1e9)}
+        for path, size, modified in files
+    ]
+    return JSONResponse(answer)
 
 
 async def get_artifact(request: Request) -> Response:
     """One file the team wrote: as plain text where it is text, as a download where not."""
-    task, path = await _supervisor(request).get(request.path_params["task_id"]), request.path_params["path"]
-    file = await anyio.to_thread.run_sync(open_inside, _supervisor(request).settings.workspace / task.id, path)
+    supervisor = _supervisor(request)
+    task = await supervisor.get(request.path_params["task_id"])
+    path = request.path_params["path"]
+    root = supervisor.settings.workspace / task.id
+    file = await anyio.to_thread.run_sync(open_inside, root, path)
     if file is None:
-        raise ArtifactNotFound(f"artifact {quoted(path)} not found; GET /api/tasks/{task.id}/artifacts lists what is")
+        what_is = f"GET /api/tasks/{task.id}/artifacts lists what is"
+        raise ArtifactNotFound(f"artifact {quoted(path)} not found; {what_is}")
+    if _is_text(file):
+        return OpenedFile(file, media_type="text/plain; charset=utf-8")
+    return OpenedFile(file, filename=Path(path).name, media_type="application/octet-stream")
+
+
+def _is_text(file: io.FileIO) -> bool:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(os.pread(file.fileno(), 65536, 0))
     except UnicodeDecodeError:
-        return _OpenedFile(file, filename=Path(path).name, media_type="application/octet-stream")
-    return _OpenedFile(file, media_type="text/plain; charset=utf-8")
+        return False
+    return True
 
 
-class _OpenedFile(FileResponse):
+async def get_zip(request: Request) -> Response:
+    """All that the team wrote."""
+    supervisor = _supervisor(request)
+    task = await supervisor.get(request.path_params["task_id"])
+    file = await anyio.to_thread.run_sync(zip_files, supervisor.settings.workspace / task.id)
+    return OpenedFile(file, filename=f"{task.id}.zip", media_type="application/zip")
+
+
+class OpenedFile(FileResponse):
     """A file that is open already: whatever its name means by now, this is what was looked at."""
 
     def __init__(self, file: io.FileIO, **kwargs: Any) -> None:
         self._file = file
-        super().__init__(f"/dev/fd/{file.fileno()}", stat_result=os.fstat(file.fileno()), **kwargs)
+        descriptor = file.fileno()
+        super().__init__(f"/dev/fd/{descriptor}", stat_result=os.fstat(descriptor), **kwargs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._file:
@@ -3529,7 +3641,10 @@ class _OpenedFile(FileResponse):
 
 
 def open_inside(root: Path, path: str) -> io.FileIO | None:
-    """A regular file below `root`; None for what is hidden, outside, or a link to there, even if swapped meanwhile."""
+    """A regular file below `root`.
+
+    None for what is hidden, outside, or a link to there, even if it is swapped meanwhile.
+    """
     if Path(path).is_absolute() or ".." in Path(path).parts:
         return None
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ValueError):
@@ -3545,49 +3660,27 @@ def open_inside(root: Path, path: str) -> io.FileIO | None:
     return None
 
 
-class _Sink:
-    """What a zip is written to, and taken from in between, so that none of it is kept."""
-
-    def __init__(self) -> None:
-        self._came = bytearray()
-
-    def flush(self) -> None: ...
-
-    def write(self, data: Any) -> int:
-        self._came += data
-        return len(data)
-
-    def take(self) -> bytes:
-        taken, self._came = bytes(self._came), bytearray()
-        return taken
-
-
-def zipped(root: Path) -> Iterator[bytes]:
-    """The files below `root` as a zip that is made while it is read."""
-    sink = _Sink()
-    with zipfile.ZipFile(cast(IO[bytes], sink), "w") as archive:
-        for path, _, modified in list_files(root):
-            entry = zipfile.ZipInfo(path, time.gmtime(max(modified / 1e9, 315532800))[:6])  # which begins in 1980
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            if (file := open_inside(root, path)) is None:  # deleted since it was listed
-                continue
-            with file, archive.open(entry, "w", force_zip64=True) as target:
-                while chunk := file.read(1 << 18):
-                    target.write(chunk)
-                    yield sink.take()
-    yield sink.take()
-
-
-async def get_zip(request: Request) -> Response:
-    """All that the team wrote."""
-    task = await _supervisor(request).get(request.path_params["task_id"])
-    headers = {"Content-Disposition": f'attachment; filename="{task.id}.zip"'}
-    files = zipped(_supervisor(request).settings.workspace / task.id)
-    return StreamingResponse(files, media_type="application/zip", headers=headers)
+def zip_files(root: Path) -> io.FileIO:
+    """The files below `root`, as a zip in a file without a name, which goes when it is closed."""
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+        with zipfile.ZipFile(made, "w") as archive:
+            for path, _, modified in list_files(root):
+                file = open_inside(root, path)
+                if file is None:  # deleted since it was listed
+                    continue
+                seconds = max(modified / 1e9, 315532800)  # a zip's time begins in 1980
+                entry = zipfile.ZipInfo(path, time.gmtime(seconds)[:6])
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                with file, archive.open(entry, "w", force_zip64=True) as target:
+                    shutil.copyfileobj(file, target)
+        stack.pop_all()
+        return made
 
 
 async def _count(store: Store) -> Mapping[TaskStatus, int]:
-    with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):  # it may be away
+    """How many tasks there are by status; none where the store is away or slow to say."""
+    with anyio.move_on_after(1), contextlib.suppress(StoreUnavailable):
         return await store.count()
     return {}
 
@@ -3595,22 +3688,39 @@ async def _count(store: Store) -> Mapping[TaskStatus, int]:
 async def get_health(request: Request) -> Response:
     supervisor = _supervisor(request)
     tasks = await _count(supervisor.store)
-    fault = supervisor.engine_error or supervisor.store.error
-    status = {"status": "error" if fault else "ok", "mode": supervisor.mode, "store": supervisor.store.error or "ok"}
-    load = {name: getattr(supervisor, name) for name in ("engine", "running", "waiting", "clients", "abandoned")}
-    return JSONResponse({**status, **load, "tasks": dict(tasks)}, 503 if fault else 200)
+    healthy = not supervisor.engine_error and not supervisor.store.error
+    answer = {
+        "status": "ok" if healthy else "error",
+        "mode": supervisor.mode,
+        "store": supervisor.store.error or "ok",
+        "engine": supervisor.engine,
+        "running": supervisor.running,
+        "waiting": supervisor.waiting,
+        "clients": supervisor.clients,
+        "abandoned": supervisor.abandoned,
+        "tasks": dict(tasks),
+    }
+    return JSONResponse(answer, 200 if healthy else 503)
 
 
 async def get_metrics(request: Request) -> Response:
     """Prometheus text exposition format 0.0.4."""
-    supervisor, lines = _supervisor(request), ["# TYPE streamer_tasks gauge"]
-    count = await _count(supervisor.store)
-    lines += [f'streamer_tasks{{status="{status}"}} {count.get(status, 0)}' for status in TaskStatus]
-    for name in ("running", "waiting", "clients"):
-        lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {getattr(supervisor, name)}"]
-    lines += ["# TYPE streamer_store_up gauge", f"streamer_store_up {int(supervisor.store.error is None)}"]
-    for name, value in {**supervisor.counters, "deliveries": supervisor.deliveries, **supervisor.spent}.items():
-        lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {value}"]
+    supervisor = _supervisor(request)
+    tasks = await _count(supervisor.store)
+    lines = ["# TYPE streamer_tasks gauge"]
+    for status in TaskStatus:
+        lines.append(f'streamer_tasks{{status="{status}"}} {tasks.get(status, 0)}')
+    gauges = {
+        "running": supervisor.running,
+        "waiting": supervisor.waiting,
+        "clients": supervisor.clients,
+        "store_up": int(supervisor.store.error is None),
+    }
+    for name, value in gauges.items():
+        lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {value}"]
+    counters = {**supervisor.counters, "deliveries": supervisor.deliveries, **supervisor.spent}
+    for name, total in counters.items():
+        lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {total}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
@@ -3621,14 +3731,23 @@ async def get_page(request: Request) -> Response:
 
 
 def connected_message(subscription: Subscription) -> str:
-    broker, task = subscription.broker, subscription.broker.task
+    broker = subscription.broker
+    task = broker.task
     note = " (test mode: a scripted team)" if task.mode == "test" else ""
-    data: dict[str, Any] = {"task_id": task.id, "message": f"watching {quoted(task.title)}{note}", "mode": task.mode}
-    log = {"first_event_id": broker.first_event_id, "last_event_id": broker.state.last_event_id}
-    return envelope("connected", {**data, "status": task.status, **log, "recovered": subscription.recovered})
+    data = {
+        "task_id": task.id,
+        "message": f"watching {quoted(task.title)}{note}",
+        "mode": task.mode,
+        "status": task.status,
+        "first_event_id": broker.first_event_id,
+        "last_event_id": broker.state.last_event_id,
+        "recovered": subscription.recovered,
+    }
+    return envelope("connected", data)
 
 
-FRAMES, ABORT = "streamer.frames", "streamer.abort"  # ASGI extensions of FrameProtocol and AbortProtocol
+FRAMES = "streamer.frames"  # the ASGI extension of FrameProtocol
+ABORT = "streamer.abort"  # the one of AbortProtocol
 
 
 def _extension(scope: Scope, name: str) -> Mapping[str, Callable[..., Any]]:
@@ -3638,35 +3757,33 @@ def _extension(scope: Scope, name: str) -> Mapping[str, Callable[..., Any]]:
 
 
 class EventStream(StreamingResponse):
-    """The SSE twin of the socket: the same messages, with `id:` on events, so that a client can resume."""
+    """The SSE twin of the socket: the same messages, and events with the id to resume from."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, subscription: Subscription, stack: contextlib.AsyncExitStack) -> None:
-        self._subscription, self._stack = subscription, stack
-        super().__init__(self._chunks(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, watching: contextlib.AbstractAsyncContextManager[Subscription]) -> None:
+        self._watching = watching
+        super().__init__((), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
-    async def _chunks(self) -> AsyncIterator[str]:
-        yield f"data: {connected_message(self._subscription)}\n\n"
+    async def stream_response(self, send: Send) -> None:
+        async with self._watching as subscription:
+            self.body_iterator = self._messages(subscription)
+            await super().stream_response(send)
+
+    async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
+        yield f"data: {connected_message(subscription)}\n\n"
         try:
-            async for events, state in self._subscription:
-                yield self._subscription.broker.server_sent(events) + (f"data: {state}\n\n" if state else "")
+            async for events, state in subscription:
+                text = subscription.broker.server_sent(events)
+                if state:
+                    text += f"data: {state}\n\n"
+                yield text
         except StreamerError as error:
             yield f"data: {envelope('error', error.as_dict())}\n\n"
 
-    async def stream_response(self, send: Send) -> None:
-        try:
-            async with self._stack:
-                try:
-                    await super().stream_response(send)
-                except TimeoutError:
-                    raise SlowClient from None
-        except SlowClient:
-            raise TimeoutError from None  # of Guard's
-
 
 class SocketStream:
-    """The stream of one task to one WebSocket client, a Starlette endpoint: deliveries out, its messages in.
+    """A Starlette endpoint: a task's stream to one WebSocket client, and what the client says.
 
     Refusals accept first, since a browser cannot read the status of a failed handshake.
     """
@@ -3674,79 +3791,90 @@ class SocketStream:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._websocket = WebSocket(scope, receive, send)
         self._supervisor = _supervisor(self._websocket)
+        self._frames = _extension(scope, FRAMES)
         self._subscription: Subscription
 
     def __await__(self) -> Generator[Any, None, None]:
         return self._serve().__await__()
 
     async def _serve(self) -> None:
-        websocket, params = self._websocket, self._websocket.query_params
         refusal: StreamerError | None = None
         try:
-            check_access(HTTPConnection(websocket.scope))  # while there are headers: an idle socket keeps none
+            # While there are headers, and by another object: an idle socket keeps none.
+            check_access(HTTPConnection(self._websocket.scope))
         except StreamerError as error:
             refusal = error
-        await websocket.accept()
+        await self._websocket.accept()
         try:
-            if refusal:
+            if refusal is not None:
                 raise refusal
-            start = _query(params, "start", True, parse_bool, "true or false")
-            after, types = _whole(params, "after", 0), _types(params)
-            task_id = websocket.path_params.get("task_id", websocket.url.path)  # another path is no task either
-            async with self._supervisor.watch(task_id, after, types) as self._subscription:
-                await self._converse(start)
-            await websocket.close(1000)
-        except WebSocketDisconnect:
+            await self._stream()
+            await self._websocket.close(1000)
+        except (WebSocketDisconnect, WebSocketDisconnected):  # seen by who listens, or who sends
             return
         except StreamerError as error:
-            message = envelope("error", error.as_dict())
-            if isinstance(error, SlowClient) and (frames := _extension(websocket.scope, FRAMES)):
-                frames["let_go"](text_frame(message), error.close_code, self._supervisor.settings.send_timeout)
-                return
-            with contextlib.suppress(WebSocketDisconnect), anyio.move_on_after(1):  # a stalled client takes neither
-                await websocket.send_text(message)
-                await websocket.close(error.close_code)
+            await self._end(error)
+
+    async def _stream(self) -> None:
+        params = self._websocket.query_params
+        start = _query(params, "start", True, parse_bool, "true or false")
+        after = _whole(params, "after", 0)
+        types = _types(params)
+        # Another path is no task either.
+        task_id = self._websocket.path_params.get("task_id", self._websocket.url.path)
+        async with self._supervisor.watch(task_id, after, types) as self._subscription:
+            await self._converse(start)
+
+    async def _end(self, error: StreamerError) -> None:
+        message = envelope("error", error.as_dict())
+        if isinstance(error, SlowClient) and self._frames:
+            seconds = self._supervisor.settings.send_timeout
+            self._frames["close_then_abort"](text_frame(message), error.close_code, seconds)
+            return
+        gone = (WebSocketDisconnect, WebSocketDisconnected)
+        with contextlib.suppress(*gone), anyio.move_on_after(1):  # one that stalls takes neither
+            await self._websocket.send_text(message)
+            await self._websocket.close(error.close_code)
 
     async def _converse(self, start: bool) -> None:
-        """Raises WebSocketDisconnect when the client goes, StreamerError for what ends the stream early."""
+        """Until the task has ended. Raises WebSocketDisconnect when the client goes, and
+        StreamerError for what ends the stream early."""
         with anyio.CancelScope() as scope:  # a task group would cost each idle client 4 KB
             listener = asyncio.create_task(self._listen())
             listener.add_done_callback(lambda _: scope.cancel())
             try:
-                await self._deliver(start)
+                await self._deliver_all(start)
             finally:
                 listener.cancel()
         if scope.cancelled_caught:
             await listener
 
-    async def _send(self, text: str | None = None, **message: Any) -> None:
-        timeout = self._supervisor.settings.send_timeout
-        try:
-            with anyio.fail_after(timeout):
-                await self._websocket.send({"type": "websocket.send", **({"text": text} if text else message)})
-        except WebSocketDisconnected:  # the listener has found out first
-            raise WebSocketDisconnect(1006) from None
-        except TimeoutError:
-            resume = f"connect again with after={self._subscription.cursor}"
-            raise SlowClient(f"a send was blocked for {timeout:g} s; {resume}") from None
-
-    async def _deliver(self, start: bool) -> None:
-        broker, frames = self._subscription.broker, _extension(self._websocket.scope, FRAMES)
-        await self._send(connected_message(self._subscription))
+    async def _deliver_all(self, start: bool) -> None:
+        broker = self._subscription.broker
+        await self._websocket.send_text(connected_message(self._subscription))
         if self._subscription.types is None:
-            self._subscription.write = frames.get("write")
-        async for events, state in self._subscription:
-            if frames:
-                parts = [event.frame for event in events] + ([text_frame(state)] if state else [])
-                await self._send(frames=b"".join(parts))
-            else:
-                for message in [*(event.message for event in events), *([state] if state else [])]:
-                    await self._send(message)
-            if start and broker.task.status is TaskStatus.PENDING:
-                await self._supervisor.start(broker.task.id)
-            start = False
+            self._subscription.write = self._frames.get("write")
+        deliveries = aiter(self._subscription)
+        await self._deliver(await anext(deliveries))
+        if start and broker.task.status is TaskStatus.PENDING:
+            await self._supervisor.start(broker.task.id)
+        async for delivery in deliveries:
+            await self._deliver(delivery)
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        if self._frames:
+            frames = [event.frame for event in delivery.events]
+            if delivery.state:
+                frames.append(text_frame(delivery.state))
+            await self._websocket.send({"type": "websocket.send", "frames": b"".join(frames)})
+            return
+        for event in delivery.events:
+            await self._websocket.send_text(event.message)
+        if delivery.state:
+            await self._websocket.send_text(delivery.state)
 
     async def _listen(self) -> None:
+        """Does what the client says, until it goes. Raises WebSocketDisconnect, SlowClient."""
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
@@ -3756,7 +3884,7 @@ class SocketStream:
             except SlowClient:
                 raise
             except StreamerError as error:
-                await self._send(envelope("error", error.as_dict()))
+                await self._websocket.send_text(envelope("error", error.as_dict()))
 
     async def _obey(self, text: str | None) -> None:
         task_id = self._subscription.broker.task.id
@@ -3766,12 +3894,13 @@ class SocketStream:
             request = None
         kind = request.get("type") if isinstance(request, dict) else None
         if kind == "ping":
-            await self._send(envelope("pong", {"task_id": task_id}))
+            await self._websocket.send_text(envelope("pong", {"task_id": task_id}))
         elif kind == "cancel":
             await self._supervisor.cancel(task_id)
         else:
             came = "a binary frame" if text is None else quoted(text)
-            raise InvalidRequest(f'expected {{"type": "ping"}} or {{"type": "cancel"}}, not {came}')
+            expected = '{"type": "ping"} or {"type": "cancel"}'
+            raise InvalidRequest(f"expected {expected}, not {came}")
 
 
 ROUTES = [
@@ -3802,65 +3931,90 @@ ROUTES = [
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    """Every error as JSON: ours, Starlette's own (404, 405), and faults, which the log tells of."""
-    if isinstance(error, StreamerError):
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
-        return JSONResponse({"error": error.as_dict()}, error.status, headers)
-    if isinstance(error, HTTPException):
-        code = error.detail.lower().replace(" ", "_")
-        message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
-        return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
+def error_response(error: StreamerError) -> Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error.as_dict()}, error.status, headers)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (404, 405), as JSON."""
+    assert isinstance(error, HTTPException)
+    code = error.detail.lower().replace(" ", "_")
+    message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
+    answer = {"error": {"code": code, "message": message}}
+    return JSONResponse(answer, error.status_code, error.headers)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    """A fault of this program: Starlette raises it again, and the server logs it."""
     fault = {"code": "internal_error", "message": "the server failed; its log says why"}
     return JSONResponse({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
 
 
 def without_token(record: logging.LogRecord) -> bool:
-    """A logging filter: takes the query, where the token may be, out of the addresses that are logged."""
+    """A logging filter: takes the query, where the token may be, out of logged addresses."""
     if isinstance(record.args, tuple):
         hide = partial(re.sub, r"\?\S*", "?***")
-        record.args = tuple(hide(value) if isinstance(value, str) else value for value in record.args)
+        record.args = tuple(hide(arg) if isinstance(arg, str) else arg for arg in record.args)
     return True
 
 
 class Guard:
-    """ASGI middleware: checks who asks, keeps browsers from guessing what comes, and ends what is not read.
+    """ASGI middleware, the edge of the application: who comes in, and how long a send may take.
 
-    Sockets do all of it themselves.
+    It answers what was refused, and keeps browsers from guessing what an answer is; a socket tells
+    its client itself.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        seconds = _supervisor(HTTPConnection(scope)).settings.send_timeout
 
-        request = Request(scope, receive)
-        timeout = _supervisor(request).settings.send_timeout
-
-        async def guarded(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
+            """The one way to a client, over HTTP, SSE and WebSocket. Raises SlowClient."""
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(SAFE_HEADERS)
-            with anyio.fail_after(timeout):
+            with anyio.move_on_after(seconds) as deadline:
                 await send(message)
+            if deadline.cancelled_caught:
+                resume = "connect again with after=, the last event_id you have"
+                raise SlowClient(f"a send was blocked for {seconds:g} s; {resume}")
 
+        answer = self.app if scope["type"] == "websocket" else self._answer
         try:
-            check_access(request)
-            await self.app(scope, receive, guarded)
+            await answer(scope, receive, send_in_time)
+        except SlowClient:  # nothing can be said any more
+            abort = _extension(scope, ABORT).get("abort")
+            if abort is not None:
+                abort()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            check_access(HTTPConnection(scope))
+            await self.app(scope, receive, send)
+        except SlowClient:
+            raise
         except StreamerError as error:
-            await (await _on_error(request, error))(scope, receive, guarded)
-        except TimeoutError:  # it does not read: nothing can be said any more
-            _extension(scope, ABORT).get("abort", lambda: None)()
+            await error_response(error)(scope, receive, send)
 
 
-def create_app(settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None) -> Starlette:
+def create_app(
+    settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None
+) -> Starlette:
     """An ordinary ASGI application.
 
-    Settings come from the environment by default, the runner is MetaGPT or in test mode the scripted
-    team, the store what the settings say. Raises SettingsError, also where MetaGPT has no model.
+    Settings come from the environment by default, the runner is MetaGPT or in test mode the
+    scripted team, the store what the settings say. Raises SettingsError, also where MetaGPT has
+    no model.
     """
     settings = settings or Settings.from_environ()
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
@@ -3870,7 +4024,11 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
         warm_up = partial(load_metagpt, settings.workspace)
     store = store or open_store(settings)
     password = urlsplit(settings.redis_url).password or ""
-    given = {"redis_password": password, "redis_raw_password": unquote(password), "streamer_token": settings.token}
+    given = {
+        "redis_password": password,
+        "redis_raw_password": unquote(password),
+        "streamer_token": settings.token,
+    }
     secrets = known_secrets({**os.environ, **given})
     supervisor = Supervisor(settings, store, runner, warm_up, secrets)
 
@@ -3881,11 +4039,21 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
         async with supervisor.open():
             yield
 
-    handlers: dict[Any, Any] = dict.fromkeys((StreamerError, HTTPException, Exception), _on_error)
-    cors = partial(CORSMiddleware, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
-    middleware = [Middleware(cors, allow_origins=settings.allowed_origins)] if settings.allowed_origins else []
-    middleware.append(Middleware(Guard))
-    app = Starlette(routes=ROUTES, exception_handlers=handlers, lifespan=lifespan, middleware=middleware)
+    middleware = [Middleware(Guard)]
+    if settings.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=ROUTES,
+        exception_handlers={HTTPException: _on_http_exception, Exception: _on_fault},
+        lifespan=lifespan,
+        middleware=middleware,
+    )
     app.router.redirect_slashes = False  # a redirect would repeat the token
     app.state.supervisor = supervisor
     return app
@@ -3894,15 +4062,15 @@ def create_app(settings: Settings | None = None, runner: Runner | None = None, s
 class FrameProtocol(WebSocketsSansIOProtocol):
     """uvicorn's protocol, which also takes ready frames: the ASGI extension `streamer.frames`.
 
-    `write(frames)` writes without waiting, or returns False where the client is behind or gone; a
-    `websocket.send` message may hold `frames`, and waits as usual; `let_go` ends a client that does
-    not read: it gets the seconds given to take what is on its way, then the connection is aborted.
+    `write` writes frames without waiting, or returns False where the client is behind or gone. A
+    `websocket.send` message may hold `frames`, and waits as usual. `close_then_abort` ends a client
+    that does not read: it gets some seconds to take what is on its way, then it is cut off.
     """
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
         if self.response.status_code == 101:
-            offer: Any = {"write": self.write_frames, "let_go": self.let_go}
+            offer: Any = {"write": self.write, "close_then_abort": self.close_then_abort}
             self.scope["extensions"][FRAMES] = offer
 
     def send_receive_event_to_app(self) -> None:
@@ -3915,108 +4083,100 @@ class FrameProtocol(WebSocketsSansIOProtocol):
                 self.conn.send_close(1007, "invalid UTF-8")
                 self.handle_parser_exception()
 
-    def write_frames(self, frames: bytes) -> bool:
+    def write(self, frames: bytes) -> bool:
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
             return False
         self.transport.write(frames)
         return True
 
-    def let_go(self, frames: bytes, code: int, seconds: float) -> None:
-        self.transport.write(frames + struct.pack("!BBH", 0x88, 2, code))
+    def close_then_abort(self, frames: bytes, code: int, seconds: float) -> None:
+        self.transport.write(frames + struct.pack("!BBH", 0x88, 2, code))  # a close frame
         self.close_sent = True
         self.transport.close()
         self.loop.call_later(seconds, self.transport.abort)
 
     async def send(self, message: Any) -> None:
-        if message["type"] == "websocket.close":  # a client that never reads would keep the connection for ever
-            self.loop.call_later(2 * self.close_timeout, self.transport.abort)
-        if (frames := message.get("frames")) is None:
-            if self.close_sent:  # the client broke the protocol meanwhile
+        if "frames" in message:
+            await self.writable.wait()
+            if self.disconnected:
                 raise ClientDisconnected
-            await super().send(message)
-            if message["type"] == "websocket.accept":  # an idle connection keeps no headers
-                del self.request, self.response
-                self.scope["headers"] = []
+            if not self.close_sent:
+                self.transport.write(message["frames"])
             return
-        await self.writable.wait()
-        if self.disconnected:
+        if message["type"] == "websocket.close":  # one that never reads would keep its connection
+            self.loop.call_later(2 * self.close_timeout, self.transport.abort)
+        if self.close_sent:  # the client broke the protocol meanwhile
             raise ClientDisconnected
-        if not self.close_sent:
-            self.transport.write(frames)
+        await super().send(message)
+        if message["type"] == "websocket.accept":  # an idle connection keeps no headers
+            del self.request, self.response
+            self.scope["headers"] = []
 
 
 class AbortProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which also aborts a connection whose client does not read: the extension `streamer.abort`;
-    and one whose request's head does not come to its end, in bytes or in time.
+    """uvicorn's protocol, which also lets an answer abort its connection, where the client does not
+    read: the ASGI extension `streamer.abort`. It aborts by itself where what a client sends does
+    not come to an end: a head in bytes, a request in time.
     """
 
-    MAX_HEAD, PATIENCE = 65536, 20.0  # bytes, seconds
+    MAX_HEAD = 65536  # bytes between a request's start and the end of its head
+    PATIENCE = 20.0  # seconds a connection may be neither answered nor come to its next request
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head = 0
-        self._patience: asyncio.TimerHandle | None = None
-        self._wait()
+        self._unparsed = 0  # bytes since the last head, or the last part of a body, was complete
+        self._answered: Any = None  # the request that was answered when it was last looked at
+        self._look_later()
 
-    def _wait(self) -> None:
-        """From now on what is awaited of the client must come; what it is sent meanwhile is not cut off."""
-        self._stop_waiting()
-        self._patience = self.loop.call_later(self.PATIENCE, self._lose_patience)
+    def _look_later(self) -> None:
+        self._timer = self.loop.call_later(self.PATIENCE, self._look)
 
-    def _stop_waiting(self) -> None:
-        if self._patience:
-            self._patience.cancel()
-
-    def _lose_patience(self) -> None:
-        if self.cycle and not self.cycle.response_complete:
-            self._wait()
-        else:
+    def _look(self) -> None:
+        """Aborts where the last request was answered at the last look already."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._answered = None
+        elif self.cycle is self._answered:
             self.transport.abort()
+            return
+        else:
+            self._answered = self.cycle
+        self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._timer.cancel()
         super().connection_lost(exc)
 
+    def handle_websocket_upgrade(self) -> None:
+        self._timer.cancel()
+        super().handle_websocket_upgrade()
+
     def data_received(self, data: bytes) -> None:
-        self._head += len(data)
+        self._unparsed += len(data)
         super().data_received(data)
-        if self._head > self.MAX_HEAD:
+        if self._unparsed > self.MAX_HEAD:
             self.transport.abort()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._wait()
-
-    def on_body(self, body: bytes) -> None:
-        self._head = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self._stop_waiting()
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.cycle.response_complete and self.cycle.more_body:  # answered before its body had come
-            self._wait()
-
     def on_headers_complete(self) -> None:
-        self._head = 0
-        self._stop_waiting()
+        self._unparsed = 0
         super().on_headers_complete()
         extensions: Any = self.scope.setdefault("extensions", {})
         extensions[ABORT] = {"abort": self.transport.abort}
 
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        super().on_body(body)
+
 
 def descriptors(wanted: int) -> int:
-    """How many files and connections this process may open: `wanted`, where the system lets it."""
+    """How many files and connections this process may open: `wanted`, if the system lets it."""
+    unlimited = resource.RLIM_INFINITY
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted and soft != resource.RLIM_INFINITY:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != unlimited and soft < wanted:
+        more = wanted if hard == unlimited else min(wanted, hard)
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return wanted if soft == resource.RLIM_INFINITY else soft
+    return wanted if soft == unlimited else soft
 
 
 class Server(uvicorn.Server):
@@ -4056,14 +4216,15 @@ class Server(uvicorn.Server):
 
 def serve(app: Starlette, settings: Settings) -> None:
     """Serves what `create_app` made, until SIGINT or SIGTERM."""
-    server = Server(app, settings)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
-    leave_threads(server.supervisor, 0)
+        Server(app, settings).run()
 
 
 def leave_threads(supervisor: Supervisor, code: int) -> None:
-    """Ends the process where a thread that cannot be stopped would keep it: an abandoned run, MetaGPT's import."""
+    """Ends the process where a thread that cannot be stopped would keep it.
+
+    That is an abandoned run, or MetaGPT's import.
+    """
     if supervisor.abandoned or supervisor.engine == "loading":
         logging.shutdown()
         sys.stdout.flush()
@@ -4118,11 +4279,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = create_app(settings, store=MemoryStore(settings) if command == "run" else None)
         if command == "serve":
             serve(app, settings)
+            leave_threads(app.state.supervisor, 0)
             return 0
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         show = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
-        return _run(app.state.supervisor, _text({"prompt": prompt}, "prompt", settings.max_prompt), show)
+        return _run(app.state.supervisor, parse_text({"prompt": prompt}, "prompt", settings.max_prompt), show)
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
