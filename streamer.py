@@ -32,9 +32,11 @@ import codecs
 import contextlib
 import copy
 import difflib
+import errno
 import functools
 import hmac
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -44,11 +46,13 @@ import os
 import re
 import resource
 import shutil
+import socket
 import sqlite3
 import stat
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -75,7 +79,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -107,6 +111,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 __all__ = ["EventType", "Run", "Settings", "create_app", "run_metagpt", "run_scripted", "serve"]
+
+__version__ = "1.0.0"
 
 logger = logging.getLogger("streamer")
 
@@ -271,7 +277,7 @@ def flag_of(name: str) -> str:
 def unknown_name(name: str, known: Iterable[str]) -> str:
     """Says that `name` is not among the known ones, and which of them is most like it."""
     likely = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"{name} is unknown" + (f"; did you mean {likely[0]}?" if likely else "")
+    return f"{name} is unknown" + (f" (did you mean {likely[0]}?)" if likely else "")
 
 
 def parse_bool(text: str) -> bool:
@@ -690,8 +696,10 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 
-def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
-    """All of OPTIONS, with defaults. Raises InvalidRequest that names the option."""
+def parse_options(
+    given: Any, task_timeout: float, named: Callable[[str], str] = "options.{}".format
+) -> dict[str, Any]:
+    """All of OPTIONS, with defaults. Raises InvalidRequest that names the option, as `named` does."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
     unknown = sorted(set(given) - set(OPTIONS))
@@ -705,11 +713,11 @@ def parse_options(given: Any, task_timeout: float) -> dict[str, Any]:
         if value is None and option.default is None:  # null is how a task shows that none was given
             continue
         if not option.check(value):
-            raise InvalidRequest(f"options.{name} must be {option.words}, not {kind_of(value)}")
+            raise InvalidRequest(f"{named(name)} must be {option.words}, not {kind_of(value)}")
         options[name] = value
     if options["timeout"] > task_timeout:
         limit = f"{task_timeout:g} s, the server's task_timeout"
-        raise InvalidRequest(f"options.timeout must be at most {limit}")
+        raise InvalidRequest(f"{named('timeout')} must be at most {limit}")
     return options
 
 
@@ -1967,8 +1975,11 @@ SCRIPT: Sequence[tuple[str, str, float, str, str]] = (
 )
 
 
-def run_scripted(run: Run) -> Mapping[str, Any]:
-    """Test mode: the roles, events and state changes of a real run, in about ten seconds, without MetaGPT."""
+def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
+    """Test mode: the roles, events and state changes of a real run, without MetaGPT.
+
+    An agent takes `seconds`.
+    """
     needs = {"Engineer": "implement", "QaEngineer": "run_tests"}
     team = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
     cost = {**NO_COST, "max_budget": run.options["investment"]}
@@ -1979,12 +1990,12 @@ def run_scripted(run: Run) -> Mapping[str, Any]:
         run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
         run.update(cost=cost)
         run.waits_for_model(role, action)
-        run.wait(0.5)
+        run.wait(0.2 * seconds)
         run.waits_for_model()
         pieces = re.findall(r"\S+\s*", text)
         for piece in pieces:
             run.emit("TOKEN", {"message": piece, **call}, role)
-            run.wait(1.9 / len(pieces))
+            run.wait(0.8 * seconds / len(pieces))
         target = run.workspace / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
@@ -4209,15 +4220,37 @@ class Server(uvicorn.Server):
         await self.supervisor.close()
         await super().shutdown(sockets)
 
-    def _log_started_message(self, listeners: Sequence[Any]) -> None:
-        host, port = listeners[0].getsockname()[:2]
-        logger.info("listening url=http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    async def startup(self, sockets: Any = None) -> None:
+        """Says on stderr which address to open, once it is served."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        if self.supervisor.settings.token:
+            address += "/?token=…"
+        mode = " in test mode, a scripted team" if self.supervisor.mode == "test" else ""
+        print(f"streamer is at {address}{mode}; Ctrl-C stops it", file=sys.stderr, flush=True)
 
 
 def serve(app: Starlette, settings: Settings) -> None:
-    """Serves what `create_app` made, until SIGINT or SIGTERM."""
-    with contextlib.suppress(KeyboardInterrupt):
-        Server(app, settings).run()
+    """Serves what `create_app` made, until SIGINT or SIGTERM.
+
+    Raises SettingsError where it cannot listen.
+    """
+    with listen(settings.host, settings.port) as listener, contextlib.suppress(KeyboardInterrupt):
+        Server(app, settings).run([listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises SettingsError, which says why not."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = str(error)
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            reason = "it is in use; --port 0 takes a free one"
+        raise SettingsError(f"cannot listen on port {port} of {host}: {reason}") from error
 
 
 def leave_threads(supervisor: Supervisor, code: int) -> None:
@@ -4231,70 +4264,166 @@ def leave_threads(supervisor: Supervisor, code: int) -> None:
         os._exit(code)
 
 
-EXAMPLES = """examples:
-  python streamer.py --test-mode              serve a scripted team, no key needed
-  python streamer.py                          serve MetaGPT (OPENAI_API_KEY or ~/.metagpt/config2.yaml)
-  python streamer.py run "Build a todo app"   run one task here, in the terminal
-  python streamer.py run "…" --json | jq .    its messages, one a line
+HELP = """\
+usage: streamer.py [--<setting> …]                        serves, until Ctrl-C
+       streamer.py run "what to build" [--<option> …]     one task, here in the terminal
 
-A flag is also a variable: --max-running is STREAMER_MAX_RUNNING."""
+{settings}
+Run      {options}
+         --json prints the messages, one a line; - reads the prompt from standard input
+Other    --version, --help; flags stand anywhere; --no-… for false
+
+examples:
+  python streamer.py --test-mode                          a scripted team, no key needed
+  OPENAI_API_KEY=sk-… python streamer.py --port 9000      a real team
+  python streamer.py run "Build a todo app" --n-round 3
+  python streamer.py run - --json < prompt.txt | jq .
+
+A setting is a variable, too: --max-running is STREAMER_MAX_RUNNING.
+Exit codes: 0, 1 the task failed, 2 wrong usage or settings, 3 the start failed, 130 interrupted."""
 
 
-def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="streamer.py",
-        usage='streamer.py [serve | run "what to build" [--json]] [--<setting> VALUE ...]',
-        description="Watch a MetaGPT team work, live, over WebSocket and SSE.",
-        epilog=EXAMPLES,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", nargs="?", choices=["serve", "run"], default="serve", help="default: serve")
-    parser.add_argument("prompt", nargs="?", help="what to build, for run")
-    parser.add_argument("--json", action="store_true", help="run prints the raw messages")
+def help_text() -> str:
+    """One screen: each flag with its default, the settings in groups."""
+    settings = []
     for item in fields(Settings):
-        flag = f"--{item.name.replace('_', '-')}"
-        text = f"{item.metadata['help']} ({'none' if item.default == '' else item.default})"
-        if item.default is False:
-            parser.add_argument(flag, nargs="?", const="true", metavar="BOOL", help=text)
-        else:
-            parser.add_argument(flag, metavar=item.name.split("_")[-1].upper(), help=text)
-    arguments = vars(parser.parse_args(argv))
-    if (arguments["command"] == "run") != (arguments["prompt"] is not None):
-        parser.error("run takes one prompt, in quotes; serve takes none")
+        flag = flag_usage(item.name, item.default)
+        settings.append(f"{item.metadata['group']:8} {flag:24} {item.metadata['help']}")
+    options = [flag_usage(name, option.default) for name, option in OPTIONS.items()]
+    indented = textwrap.wrap(", ".join(options), 90, break_on_hyphens=False)
+    return HELP.format(settings="\n".join(settings), options=f"\n{'':9}".join(indented))
+
+
+def flag_usage(name: str, default: Any) -> str:
+    """A flag as one would type it."""
+    if type(default) is bool:
+        return flag_of(f"no_{name}" if default else name)
+    if default in ("", (), None):
+        return f"{flag_of(name)}={name.split('_')[-1].upper()}"
+    return f"{flag_of(name)}={default:g}" if type(default) is float else f"{flag_of(name)}={default}"
+
+
+def version_text() -> str:
+    try:
+        metagpt = importlib.metadata.version("metagpt")
+    except importlib.metadata.PackageNotFoundError:
+        metagpt = "(not installed)"
+    return f"streamer {__version__}, MetaGPT {metagpt}, Python {sys.version.split()[0]}"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose complaints end like those about settings."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see --help")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The words, and the text of each flag that was given; flags stand anywhere.
+
+    Raises SettingsError.
+    """
+    defaults = {item.name: item.default for item in fields(Settings)}
+    defaults |= {name: option.default for name, option in OPTIONS.items()}
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    switches = {"-h": "--help", "--help": "--help", "--version": "--version", "--json": "--json"}
+    for flag in set(switches.values()):
+        parser.add_argument(flag, action="store_true")
+    for name, default in defaults.items():
+        parser.add_argument(flag_of(name))
+        if type(default) is bool:
+            switches[flag_of(name)] = f"{flag_of(name)}=true"
+            switches[flag_of(f"no_{name}")] = f"{flag_of(name)}=false"
+    words = [switches.get(word, word) for word in argv]
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        known = [*switches, *map(flag_of, defaults)]
+        parser.error(unknown_name(unknown[0].partition("=")[0], known))
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0; 1 where the task failed, 2 for wrong usage or settings, 130 if interrupted.
+def parse_option_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A task's options, as JSON would give them: text where an option takes it, or what it says."""
+    options: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        text = getattr(arguments, name)
+        if text is not None:
+            options[name] = text
+            if not option.check(text):
+                with contextlib.suppress(ValueError):
+                    options[name] = json.loads(text)
+    return options
 
-    uvicorn exits with 1 or 3 where it cannot listen.
-    """
-    arguments = _arguments(argv)
-    command, prompt, as_json = (arguments.pop(name) for name in ("command", "prompt", "json"))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logger.setLevel(logging.INFO if command == "serve" else logging.CRITICAL)
+
+def check_workspace(folder: Path) -> None:
+    """Raises SettingsError where no file can be written below `folder`."""
     try:
-        settings = Settings.from_environ(**arguments)
-        app = create_app(settings, store=MemoryStore(settings) if command == "run" else None)
-        if command == "serve":
-            serve(app, settings)
-            leave_threads(app.state.supervisor, 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise SettingsError(f"workspace {str(folder)!r} {reason}; set --workspace") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, which HELP explains."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.help or arguments.version:
+            print(help_text() if arguments.help else version_text())
             return 0
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        show = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
-        return _run(app.state.supervisor, parse_text({"prompt": prompt}, "prompt", settings.max_prompt), show)
+        command, *prompts = arguments.words or ["serve"]
+        if command not in ("serve", "run"):
+            known = 'serve (the default) and run "what to build"'
+            raise SettingsError(f"{command!r} is no command; the commands are {known}")
+        if len(prompts) != (command == "run"):
+            raise SettingsError("run takes one prompt, in quotes; serve takes none")
+        settings = Settings.from_environ(
+            **{item.name: getattr(arguments, item.name) for item in fields(Settings)}
+        )
+        check_workspace(settings.workspace)
+        options = parse_option_flags(arguments)
+        if command == "serve":
+            return _serve(settings, options)
+        return _run(settings, prompts[0], options, arguments.json)
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def _run(supervisor: Supervisor, prompt: str, transcript: Transcript) -> int:
+def _serve(settings: Settings, options: Mapping[str, Any]) -> int:
+    for name in options:
+        raise SettingsError(f"{flag_of(name)} is an option of a task: use it with run, or POST it")
+    logger.setLevel(logging.INFO)
+    app = create_app(settings)
+    serve(app, settings)
+    leave_threads(app.state.supervisor, 0)
+    return 0
+
+
+def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: bool) -> int:
+    options = parse_options(given, settings.task_timeout, flag_of)
+    if prompt == "-":
+        with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as stdin:
+            prompt = stdin.read(settings.max_prompt + 1).strip()
+    prompt = parse_text({"prompt": prompt}, "prompt", settings.max_prompt)
+    supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
+    logger.setLevel(logging.CRITICAL)  # the transcript tells of the run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    transcript = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
     code = 1
     try:
         with transcript:
-            code = 0 if anyio.run(_run_here, supervisor, prompt, transcript) is TaskStatus.SUCCEEDED else 1
+            status = anyio.run(_run_here, supervisor, prompt, options, transcript)
+            code = 0 if status is TaskStatus.SUCCEEDED else 1
             sys.stdout.flush()
     except* KeyboardInterrupt:
         code = 130
@@ -4304,9 +4433,10 @@ def _run(supervisor: Supervisor, prompt: str, transcript: Transcript) -> int:
     return code
 
 
-async def _run_here(supervisor: Supervisor, prompt: str, transcript: Transcript) -> TaskStatus:
+async def _run_here(
+    supervisor: Supervisor, prompt: str, options: Mapping[str, Any], transcript: Transcript
+) -> TaskStatus:
     async with supervisor.open():
-        options = parse_options({}, supervisor.settings.task_timeout)
         task, _ = await supervisor.submit(prompt, prompt[:80], options)
         async with supervisor.watch(task.id) as subscription:
             await supervisor.start(task.id)
@@ -4318,29 +4448,27 @@ async def _run_here(supervisor: Supervisor, prompt: str, transcript: Transcript)
 
 
 class Transcript(contextlib.AbstractContextManager[None]):
-    """Shows a task's messages as plain lines; the tokens of one model call run on."""
+    """Shows a task's messages as plain lines; what a model says in one call runs on."""
 
     def __init__(self) -> None:
-        self._call: str | None = None  # whose tokens the current line holds
+        self._call: tuple[str, str] | None = None  # whose text the current line holds
         self._action = ""
         self._progress = -1
 
     def __exit__(self, *failure: object) -> None: ...
 
     def show(self, message: Mapping[str, Any]) -> None:
-        data, kind = message["data"], message["type"]
-        if kind == "event" and data["event_type"] == EventType.TOKEN:
-            if self._call != data["payload"].get("call_id"):
-                self.line("")
-                self._call = data["payload"].get("call_id")
-            self.tokens(printable(data["payload"]["message"]))
-        elif kind == "event":
-            if data["event_type"] == EventType.AGENT_START:
-                self._action = f"{data['agent_role']} {data['payload'].get('action') or ''}"
-            text = printable(data["payload"]["message"][:300]).replace("\n", " ")
-            self.line(f"{data['event_type']}: {text}", data["agent_role"] or "streamer")
+        data = message["data"]
+        kind = data["event_type"] if message["type"] == "event" else message["type"]
+        if kind in (EventType.TOKEN, "REASONING"):
+            self.stream(kind, data["payload"].get("call_id"), printable(data["payload"]["message"]))
         elif kind == "state":
             self.state(data)
+        elif message["type"] == "event":
+            if kind == EventType.AGENT_START:
+                self._action = f"{data['agent_role']} {data['payload'].get('action') or ''}"
+            text = printable(data["payload"]["message"][:300]).replace("\n", " ")
+            self.line(f"{kind}: {text}", data["agent_role"] or "streamer")
         else:
             self.line(f"{kind}: {printable(data.get('message', ''))}")
 
@@ -4349,13 +4477,24 @@ class Transcript(contextlib.AbstractContextManager[None]):
             self.line(f"{size:>9,} bytes  {printable(path)}")
         self.line(f"files: {folder}")
 
-    def tokens(self, text: str) -> None:
-        print(text, end="", flush=True)
+    def stream(self, kind: str, call_id: str, text: str) -> None:
+        """A piece of what a model says; its thinking is left out, as nothing would set it apart."""
+        if kind == EventType.TOKEN:
+            self.begin(kind, call_id)
+            print(text, end="", flush=True)
+
+    def begin(self, kind: str, call_id: str) -> None:
+        """Has another call's text begin on a line of its own."""
+        if self._call != (kind, call_id):
+            self.line("")
+            self._call = (kind, call_id)
 
     def state(self, data: Mapping[str, Any]) -> None:
-        if (percent := int(100 * data["progress"])) != self._progress:
+        percent = int(100 * data["progress"])
+        if percent != self._progress:
             self._progress = percent
-            self.line(f"-- {data['status']} {percent}% {price_text(data['cost']['total_cost'])}")
+            price = price_text(data["cost"]["total_cost"])
+            self.line(f"-- {data['status']} {percent}% {price}")
 
     def line(self, text: str, role: str = "") -> None:
         if self._call is not None:
@@ -4375,38 +4514,64 @@ class _Raw(Transcript):
 
 
 class Screen(Transcript):
-    """The same on a terminal: what is done scrolls by, below it who is at what, how far, at which cost."""
+    """The same on a terminal: what is done scrolls by; below it the line that is being written,
+    and who is at what, how far, at which cost.
+    """
+
+    COLOURS = ("cyan", "magenta", "green", "yellow", "blue")
 
     def __init__(self) -> None:
         super().__init__()
         rich = importlib.import_module("rich.progress")
+        self._group = importlib.import_module("rich.console").Group
         self._text = importlib.import_module("rich.text").Text
-        columns = rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False), rich.BarColumn()
-        self._display = rich.Progress(*columns, rich.TaskProgressColumn(), rich.TimeElapsedColumn())
+        description = rich.TextColumn("{task.description}", markup=False)
+        columns = (rich.SpinnerColumn(), description, rich.BarColumn(), rich.TaskProgressColumn())
+        self._display = rich.Progress(*columns, rich.TimeElapsedColumn())
         self._bar = self._display.add_task("starting", total=1.0)
-        self._rest = ""  # of a line of tokens
+        self._rest = ""  # the line that is being written
+        self._style = "dim"
+        self._colours: dict[str, str] = {}
+        live = importlib.import_module("rich.live").Live
+        self._live = live(get_renderable=self._below, refresh_per_second=10)
+
+    def _below(self) -> Any:
+        """Always of one height: rich refreshes it in a thread of its own while lines are printed."""
+        width = self._display.console.width
+        end = self._rest[-width if self._rest.isascii() else -width // 2 :].replace("\t", " ")
+        open_line = self._text(end, style=self._style, no_wrap=True, overflow="crop")
+        return self._group(open_line, self._display)
 
     def __enter__(self) -> None:
-        self._display.start()
+        self._live.start()
 
     def __exit__(self, *failure: object) -> None:
-        self._display.stop()
+        self._live.stop()
 
-    def tokens(self, text: str) -> None:
+    def stream(self, kind: str, call_id: str, text: str) -> None:
+        self.begin(kind, call_id)
+        self._style = "dim" if kind == EventType.TOKEN else "dim italic"
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self._display.console.print(self._text(line, style="dim"))
+            self._live.console.print(self._text(line, style=self._style))
 
     def state(self, data: Mapping[str, Any]) -> None:
-        doing, cost = self._action if data["current_agent"] else data["status"], data["cost"]
-        about = f"{printable(doing)} {price_text(cost['total_cost'], cost['max_budget'])}"
+        doing = self._action if data["current_agent"] else data["status"]
+        price = price_text(data["cost"]["total_cost"], data["cost"]["max_budget"])
+        about = f"{printable(doing)} {price}"
         self._display.update(self._bar, completed=data["progress"], description=about)
 
     def line(self, text: str, role: str = "") -> None:
-        self.tokens("\n" if self._rest else "")
+        self._call = None
+        if self._rest:
+            rest = self._rest
+            self._rest = ""
+            self._live.console.print(self._text(rest, style=self._style))
         if text:
-            styled = self._text.assemble((f"{printable(role)} " if role else "", "bold cyan"), text)
-            self._display.console.print(styled)
+            colour = self.COLOURS[len(self._colours) % len(self.COLOURS)]
+            style = f"bold {self._colours.setdefault(role, colour)}"
+            styled = self._text.assemble((f"{printable(role)} " if role else "", style), text)
+            self._live.console.print(styled)
 
 
 def printable(text: str) -> str:

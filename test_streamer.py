@@ -243,8 +243,8 @@ class Process:
 
     @functools.cached_property
     def client(self) -> Client:
-        assert self.says("listening url="), "".join(self.errors)
-        found = re.search(r"listening url=(\S+)", "".join(self.errors))
+        assert self.says(" is at http://"), "".join(self.errors)
+        found = re.search(r" is at (http://[^\s/]+)", "".join(self.errors))
         assert found is not None
         return Client(found[1])
 
@@ -276,6 +276,12 @@ def process(*command: str, cwd: Path, environ: Mapping[str, str] | None = None) 
 
 
 SERVER = str(HERE / "streamer.py")
+# The command line with a scripted team that works ten times as fast: `process("-c", QUICK, …)`.
+QUICK = """
+import functools, sys, streamer
+streamer.run_scripted = functools.partial(streamer.run_scripted, seconds=0.24)
+sys.exit(streamer.main())
+"""
 
 
 MARKS = re.compile(r"\[(?:mark=\w+|task=[^\]\s]+|no usage)\]")
@@ -484,7 +490,7 @@ def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -
     environ = {"STREAMER_PROT": "1", "STREAMER_XYZZY": "1", "STREAMER_PORT": "2", "PATH": "/"}
     assert Settings.from_environ(environ).port == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "STREAMER_PROT is unknown; did you mean STREAMER_PORT?",
+        "STREAMER_PROT is unknown (did you mean STREAMER_PORT?)",
         "STREAMER_XYZZY is unknown",
     ]
 
@@ -3509,9 +3515,8 @@ def test_other_machines_reach_it_with_a_token(tmp_path: Path) -> None:
     """Bound to every address: by the names it was given, with the token."""
     command = ["--test-mode", "--port", "0", "--host", "0.0.0.0", "--token", TOKEN, "--allowed-hosts", "box.test"]
     with process(SERVER, *command, cwd=tmp_path) as server:
-        assert server.says("listening url=http://0.0.0.0:")
-        port = "".join(server.errors).rsplit(":", 1)[1].strip()
-        client = Client(f"http://127.0.0.1:{port}")
+        client = server.client
+        port = client.url.rsplit(":", 1)[1]
         for host, status in (("box.test", 200), ("0.0.0.0", 200), ("other.test", 421)):
             headers = {"Host": f"{host}:{port}", "Authorization": f"Bearer {TOKEN}"}
             assert client.http.get("/api/tasks", headers=headers).status_code == status
@@ -4198,7 +4203,7 @@ app.mount("/agents/one", one)
 app.mount("/agents/two", two)
 class Server(uvicorn.Server):
     def _log_started_message(self, listeners):
-        logging.info("listening url=http://127.0.0.1:%d", listeners[0].getsockname()[1])
+        logging.info("it is at http://127.0.0.1:%d", listeners[0].getsockname()[1])
 Server(uvicorn.Config(app, port=0, log_config=None)).run()
 """
 
@@ -4284,7 +4289,7 @@ streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG")
 
 def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
     """`streamer.py run` prints agents, tokens, progress and files, and exits 0."""
-    with process(SERVER, "run", "Build a todo app", "--test-mode", cwd=tmp_path) as command:
+    with process("-c", QUICK, "run", "Build a todo app", "--test-mode", cwd=tmp_path) as command:
         assert command.wait() == 0
         text = command.output.decode()
         for part in ("[ProductManager] AGENT_START", "# Requirements", "-- RUNNING 25%", "TASK_COMPLETE", "files: "):
@@ -4292,28 +4297,76 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         assert command.errors == []
 
 
-def test_run_draws_a_display_on_a_terminal(tmp_path: Path) -> None:
-    """On a real terminal: a bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
+def on_terminal(folder: Path, *command: str) -> tuple[int, str]:
+    """The exit code of `python …` on a terminal of 80 columns, and all that it wrote there."""
     ours, theirs = os.openpty()
     os.set_inheritable(theirs, True)
-    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, SERVER, "run", "Build \x1b[31m one", "--test-mode"]
-    popen = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=environ)
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
+    environ["PYTHONPATH"] = str(HERE)
+    popen = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=theirs, stderr=theirs, env=environ)
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # Linux says so when the other end is closed
         while data := os.read(ours, 65536):
             output += data
     os.close(ours)
-    assert popen.wait(TIMEOUT) == 0
-    text = output.decode()
+    return popen.wait(TIMEOUT), output.decode()
+
+
+def test_run_draws_a_display_on_a_terminal(tmp_path: Path) -> None:
+    """On a real terminal: a bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
+    code, text = on_terminal(tmp_path, "-c", QUICK, "run", "Build \x1b[31m one", "--test-mode")
+    assert code == 0
     for part in ("Engineer WriteCode", "100%", "$0.0000 of $3.00", "src/app.py", "files: ", "\x1b[2m# Requirements"):
         assert part in text, part
     assert "\x1b[31m" not in text.split("ProductManager")[0]
 
 
+THINKING = """
+import sys, threading, streamer
+from rich.live import Live
+seen, refresh = threading.Event(), Live.refresh
+def watched(live):
+    refresh(live)
+    if screen._rest.endswith("the end"):
+        seen.set()
+Live.refresh = watched
+def runner(run):
+    run.emit("TOKEN", {"message": "word " * 100 + "the end", "call_id": "c"}, "Architect")
+    run.update(cost={"total_cost": None, "max_budget": 3.0})
+    while not seen.is_set():
+        run.wait(0.01)
+    run.emit("TOKEN", {"message": ", of it", "call_id": "c"}, "Architect")
+screen = streamer.Screen()
+screen.stream("REASONING", "c", "let me think")
+streamer.Screen = lambda: screen
+streamer.run_scripted = runner
+sys.exit(streamer.main())
+"""
+
+
+def test_run_shows_the_line_that_is_being_written(tmp_path: Path) -> None:
+    """A line of a model that has not ended is seen, by its end; thinking is italic; a price may be unknown."""
+    code, text = on_terminal(tmp_path, "-c", THINKING, "run", "Build", "--test-mode")
+    assert code == 0
+    open_line, whole = text.split(", of it", 1)[0], text
+    assert "\x1b[2;3mlet me think" in open_line
+    assert "word the end" in open_line
+    assert "the end, of it" in whole
+    assert "price unknown" in whole
+
+
+def test_transcript_leaves_thinking_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """In plain lines nothing would tell it from what the model answers."""
+    transcript = streamer.Transcript()
+    for kind, text in (("TOKEN", "a"), ("REASONING", "hm"), ("TOKEN", "b\n")):
+        data = {"event_type": kind, "agent_role": "Engineer", "payload": {"message": text, "call_id": "c"}}
+        transcript.show({"type": "event", "data": data})
+    assert capsys.readouterr().out == "ab\n"
+
+
 def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
-    with process(SERVER, "run", "Build", "--test-mode", "--json", cwd=tmp_path) as command:
+    with process("-c", QUICK, "run", "Build", "--test-mode", "--json", cwd=tmp_path) as command:
         assert command.wait() == 0
         messages = [json.loads(line) for line in command.output.splitlines()]
     assert messages[0]["type"] == "state"
@@ -4332,8 +4385,7 @@ def test_run_into_a_pipe_that_closes_ends_quietly(tmp_path: Path) -> None:
 def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
     """Ctrl-C exits 130 without a traceback; a failed task exits 1 with its reason on the screen."""
     with process(SERVER, "run", "Build", "--test-mode", cwd=tmp_path) as command:
-        (tmp_path / "workspace").mkdir(exist_ok=True)
-        wait_until(lambda: list((tmp_path / "workspace").glob("*/docs/prd.md")))
+        wait_until(lambda: bool(list(tmp_path.glob("workspace/*/docs/prd.md"))))
         assert command.stop(signal.SIGINT) == 130
         assert command.errors == []
     with process(SERVER, "run", "Build", "--test-mode", "--task-timeout", "0.2", cwd=tmp_path) as command:
@@ -4341,23 +4393,101 @@ def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
         assert b"timed out after 0.2 s" in command.output
 
 
+OPTIONS_RUNNER = """
+import json, sys, streamer
+streamer.run_scripted = lambda run: {"prompt": run.prompt, "options": dict(run.options)}
+sys.exit(streamer.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "options"),
+    [
+        (["run", "--test-mode", "Build a todo app"], "Build a todo app", {}),
+        (["--test-mode", "run", "-", "--no-code-review"], "from standard\ninput", {"code_review": False}),
+        (
+            ["run", "--n-round", "3", "Build", "--test-mode=yes", "--investment=1"],
+            "Build",
+            {"n_round": 3, "investment": 1},
+        ),
+        (
+            ["run", "- a list", "--test-mode", "--project-name", "x", "--run-tests"],
+            "- a list",
+            {"project_name": "x", "run_tests": True},
+        ),
+        (["run", "--test-mode", "--no-test-mode", "--test-mode", "--", "--json"], "--json", {}),
+    ],
+)
+def test_run_takes_flags_anywhere_and_the_options_of_a_task(
+    tmp_path: Path, arguments: list[str], prompt: str, options: dict[str, Any]
+) -> None:
+    """Before the prompt or behind it; what is not given has the default of an option."""
+    command = [sys.executable, "-W", "ignore", "-c", OPTIONS_RUNNER, "--json", *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    text = "from standard\ninput\n"
+    done = subprocess.run(command, cwd=tmp_path, env=environ, input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout.splitlines()[-1])["data"]["final_result"]
+    defaults = {name: option.default for name, option in streamer.OPTIONS.items()}
+    assert result == {"prompt": prompt, "options": {**defaults, "timeout": 3600.0, **options}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ([], "no model is configured. Set OPENAI_API_KEY"),
         (["--port", "http"], "--port must be a whole number, not 'http'"),
+        (["--port"], "argument --port: expected one argument; see --help"),
         (["--host", "0.0.0.0", "--test-mode"], "can be reached from other machines, so a token is needed"),
-        (["run", "--test-mode"], "run takes one prompt"),
+        (["--workspace", "/dev/null/x"], "workspace '/dev/null/x' cannot be written (Not a directory)"),
+        (["run", "--test-mode"], "run takes one prompt, in quotes; serve takes none"),
+        (["run", "Build", "an", "app"], "run takes one prompt, in quotes; serve takes none"),
         (["run", " ", "--test-mode"], "prompt must be 1 to 32000 characters"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["run", "-", "--test-mode"], "prompt must be 1 to 32000 characters, not only blanks; it has 0"),
+        (["Build an app"], "'Build an app' is no command; the commands are serve (the default) and run"),
+        (["--prot", "80"], "--prot is unknown (did you mean --port?); see --help"),
+        (["run", "p", "--n-rounds=3"], "--n-rounds is unknown (did you mean --n-round?); see --help"),
+        (["run", "p", "--n-round", "99"], "--n-round must be a whole number from 1 to 50, not the number 99"),
+        (["run", "p", "--code-review=maybe"], '--code-review must be true or false, not the string "maybe"'),
+        (["run", "p", "--timeout", "3601"], "--timeout must be at most 3600 s, the server's task_timeout"),
+        (["--n-round", "3"], "--n-round is an option of a task: use it with run, or POST it"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_to_do(tmp_path: Path, arguments: list[str], complaint: str) -> None:
-    """It never falls back to the scripted team by itself."""
-    with process(SERVER, *arguments, cwd=tmp_path) as command:
-        assert command.wait() == 2
-        assert complaint in "".join(command.errors)
-        assert "Traceback" not in "".join(command.errors)
+    """One line, no traceback; it never falls back to the scripted team by itself."""
+    command = [sys.executable, SERVER, *arguments]
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("streamer: ")
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_says_where_it_is_and_that_a_port_is_in_use(tmp_path: Path) -> None:
+    """The address that a person can open, above the log; the port that is taken, with what to do."""
+    with loopback() as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with process(SERVER, "--test-mode", "--port", port, cwd=tmp_path) as server:
+            assert server.wait() == 2
+        complaint = f"cannot listen on port {port} of 127.0.0.1: it is in use; --port 0 takes a free one"
+        assert server.errors == [f"streamer: {complaint}\n"]
+    for host, shown, token in (("0.0.0.0", "127.0.0.1", "/?token=…"), ("127.0.0.1", "127.0.0.1", "")):
+        environ = {"STREAMER_TOKEN": TOKEN if token else ""}
+        command = ["--test-mode", "--port", "0", "--host", host]
+        with process(SERVER, *command, cwd=tmp_path, environ=environ) as server:
+            port = server.client.url.rpartition(":")[2]
+            line = f"streamer is at http://{shown}:{port}{token} in test mode, a scripted team; Ctrl-C stops it\n"
+            assert server.errors[0] == line
+
+
+def test_version_names_what_is_installed(tmp_path: Path) -> None:
+    with process(SERVER, "--version", cwd=tmp_path) as command:
+        assert command.wait() == 0
+    python = ".".join(map(str, sys.version_info[:3]))
+    metagpt = importlib.metadata.version("metagpt")
+    assert command.output.decode() == f"streamer {streamer.__version__}, MetaGPT {metagpt}, Python {python}\n"
 
 
 @pytest.mark.parametrize(
@@ -4379,15 +4509,20 @@ def test_wrong_metagpt_configuration_exits_2(tmp_path: Path, config: str, compla
 
 
 def test_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
-    """--help names every setting, in 45 lines."""
+    """--help names every setting, in groups, and every option of a task, in 45 lines of 100 columns."""
     with process(SERVER, "--help", cwd=tmp_path) as command:
         assert command.wait() == 0
         text = command.output.decode()
     assert len(text.splitlines()) <= 45
-    assert "examples:" in text
-    assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == {
-        name.replace("_", "-") for name in [*Settings.__dataclass_fields__, "json"]
+    assert max(map(len, text.splitlines())) <= 100
+    settings, others = text.split("\nRun ")
+    assert set(re.findall(r"^.{9}--([a-z-]+)", settings, re.MULTILINE)) == {
+        name.replace("_", "-") for name in Settings.__dataclass_fields__
     }
+    for name in streamer.OPTIONS:
+        assert f"-{name.replace('_', '-')}" in others
+    assert re.findall(r"^(\w+) +--", settings, re.MULTILINE)[:3] == ["Serving", "Access", "Limits"]
+    assert "examples:" in others
 
 
 def test_watcher_exits_by_the_outcome(tmp_path: Path) -> None:
@@ -4530,7 +4665,7 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
             words[words.index("--port") + 1] = "0"
         with process(*words, cwd=tmp_path, environ=environ) as started:
             if serves:
-                assert started.says("listening url="), started.errors
+                assert started.says(" is at http://"), started.errors
             else:  # a task that is cut short at one second; no such task
                 assert started.wait() in (1, 2), started.errors
                 assert "usage" not in "".join(started.errors)
@@ -4653,7 +4788,7 @@ async def main():
     listening = socket.create_server(("127.0.0.1", 0))
     logging.basicConfig(level="INFO")
     async with serve(handler, sock=listening, compression=None, write_limit=2**30):
-        logging.info("listening url=http://127.0.0.1:%d", listening.getsockname()[1])
+        logging.info("it is at http://127.0.0.1:%d", listening.getsockname()[1])
         await asyncio.Future()
 uvloop.run(main())
 """
@@ -4669,7 +4804,7 @@ async def app(scope, receive, send):
         await receive()
 class Server(uvicorn.Server):
     def _log_started_message(self, listeners):
-        logging.getLogger("bare").info("listening url=http://127.0.0.1:%d", listeners[0].getsockname()[1])
+        logging.getLogger("bare").info("it is at http://127.0.0.1:%d", listeners[0].getsockname()[1])
 logging.basicConfig(level="INFO")
 Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws_per_message_deflate=False)).run()
 """
