@@ -27,6 +27,7 @@ by number:
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import codecs
 import contextlib
@@ -56,6 +57,7 @@ import textwrap
 import threading
 import time
 import types
+import unicodedata
 import uuid
 import zipfile
 from collections import Counter, defaultdict, deque
@@ -2080,6 +2082,24 @@ def known_secrets(environ: Mapping[str, str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+# What another program needs of the environment, secrets being anything else.
+PROGRAM_VARIABLES = frozenset(
+    {
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ"),
+        *("TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV"),
+        *("PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONIOENCODING"),
+    }
+)
+
+
+def program_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in PROGRAM_VARIABLES or name.startswith("LC_")
+    }
+
+
 ENGINE_NAMES: Mapping[str, str] = {
     "Action": "metagpt.actions",
     "ActionNode": "metagpt.actions.action_node",
@@ -2174,7 +2194,10 @@ def _route_output(engine: types.SimpleNamespace) -> None:
 def _mend(engine: types.SimpleNamespace) -> None:
     """Mends what a server of many runs cannot live with in MetaGPT (guarantees 7 and 8)."""
     _mend_git_lock(engine)
+    _mend_git_environ(engine)
     _mend_file_names(engine)
+    _mend_dependency_file()
+    _mend_searches()
     _mend_action_names(engine)
     _mend_shared_nodes(engine)
     _mend_package_installs(engine)
@@ -2196,6 +2219,53 @@ def _mend_git_lock(engine: types.SimpleNamespace) -> None:
 
     for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
         _patch(engine.GitRepository, name, locked)
+    # Where Python looks for modules in the current folder, that must not become the model's.
+    sys.path[:] = [folder or os.getcwd() for folder in sys.path]
+
+
+# Whatever the user, the system or a model configured, git runs no program of theirs.
+GIT_CONFIG: Mapping[str, str] = {
+    "core.hooksPath": os.devnull,
+    "core.fsmonitor": "false",
+    "core.excludesFile": os.devnull,
+    "core.attributesFile": os.devnull,
+    "commit.gpgSign": "false",
+}
+
+
+def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of git: no configuration but GIT_CONFIG, no repository but `.git`."""
+    own = {
+        **program_environ(environ),
+        "HOME": os.devnull,
+        "XDG_CONFIG_HOME": os.devnull,
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TEMPLATE_DIR": "",  # it may hold hooks
+        "GIT_DIR": ".git",  # of the current folder: it is not looked for in those above
+        "GIT_CONFIG_COUNT": str(len(GIT_CONFIG)),
+    }
+    for number, (key, value) in enumerate(GIT_CONFIG.items()):
+        own[f"GIT_CONFIG_KEY_{number}"] = key
+        own[f"GIT_CONFIG_VALUE_{number}"] = value
+    for person in ("AUTHOR", "COMMITTER"):  # else it asks passwd, where the user id may be missing
+        own[f"GIT_{person}_NAME"] = "streamer"
+        own[f"GIT_{person}_EMAIL"] = "streamer@localhost"
+    return own
+
+
+def _mend_git_environ(engine: types.SimpleNamespace) -> None:
+    """It lets git read the user's environment and configuration, and run the hooks named there."""
+    module = types.ModuleType("os")
+    environ = git_environ(os.environ)
+    vars(module).update(vars(os), environ=environ, getenv=environ.get)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "git"]:
+        if getattr(sys.modules[name], "os", None) is os:
+            vars(sys.modules[name])["os"] = module  # GitPython reads os.environ in six modules
+    git = importlib.import_module("git")
+    git.Repo.config_level = ("repository",)  # what GitPython reads itself
+    git.index.base.run_commit_hook = lambda *args: None
 
 
 def _mend_file_names(engine: types.SimpleNamespace) -> None:
@@ -2212,8 +2282,74 @@ def _mend_file_names(engine: types.SimpleNamespace) -> None:
             speaker.team.run.report_files(speaker.role)
         return result
 
+    def renamed(method: Callable[..., Any], repository: Any, name: str) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.team.check_inside(repository.workdir.parent / name)
+        if Path(name).name != name:
+            raise _GiveUp(f"a project name must be the name of a folder, not {name[:200]!r}")
+        return method(repository, name)
+
     for name in ("save", "get", "delete"):
         _patch(engine.FileRepository, name, contained)
+    _patch(engine.GitRepository, "rename_root", renamed)
+
+
+def _mend_dependency_file() -> None:
+    """It takes the backslashes of JSON for those of Windows, which garbles names in other scripts."""
+    module = importlib.import_module("metagpt.utils.dependency_file")
+
+    async def load(file: Any) -> None:
+        if file.exists:
+            file._dependencies = json.loads(await module.aread(file._filename))
+
+    module.DependencyFile.load = load
+
+
+# MetaGPT's patterns for a model's answer, and the same in linear time: what stands in `(?>…)` is
+# found once. Where the first start of what is searched has no end behind it, no later one has.
+LINEAR_PATTERNS: Mapping[str, str] = {
+    # The last bracket that closes, back to the last one that opens, or without `=` to the first.
+    r"\s*(.*=.*)?(\[.*\])": r"\A([^=]*+=.*(?=\[[^\[]*\])|[^\[]*+)(\[.*\])",
+    r"(.*?```python.*?\s+)?(?P<code>.*)(```.*?)": (
+        r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)(```)"
+    ),
+    r"(.*?```python.*?\s+)?(?P<code>.*)": r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)",
+    r"\[CONTENT\]([\s\S]*)\[/CONTENT\]": r"\A(?>[\s\S]*?\[CONTENT\])([\s\S]*)\[/CONTENT\]",
+}
+
+
+def linear_pattern(pattern: str) -> str:
+    """One of LINEAR_PATTERNS, or `a.*?b(.*?)c` with a and b found once."""
+    before, group, after = pattern.partition("(.*?)")
+    if pattern in LINEAR_PATTERNS or not group:
+        return LINEAR_PATTERNS.get(pattern, pattern)
+    pieces = "".join(f"(?>.*?{piece})" for piece in before.split(".*?"))
+    return rf"\A{pieces}{group}{after}"
+
+
+class _LinearSearch:
+    """The module `re` for MetaGPT's parsers of answers."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def search(self, pattern: str, text: str, flags: int = 0) -> Any:
+        return self._module.search(linear_pattern(pattern), text, flags)
+
+    def findall(self, pattern: str, text: str, flags: int = 0) -> Any:
+        return self._module.findall(LINEAR_PATTERNS.get(pattern, pattern), text, flags)
+
+
+def _mend_searches() -> None:
+    """Its patterns take minutes for an answer that is cut, and it evaluates answers as Python."""
+    for name in ("utils.common", "utils.repair_llm_raw_output", "actions.action_node"):
+        module = importlib.import_module(f"metagpt.{name}")
+        vars(module)["re"] = _LinearSearch(vars(module)["re"])
+    vars(module)["eval"] = ast.literal_eval
 
 
 def _mend_action_names(engine: types.SimpleNamespace) -> None:
@@ -2411,9 +2547,15 @@ class _Team:
         self.run.emit(EventType.LOG, payload, speaker.role if speaker else None)
 
     def check_inside(self, path: Path) -> None:
-        """A model chooses file names: none may leave the task's workspace, to write or to read."""
-        if not path.resolve().is_relative_to(self.run.workspace.resolve()):
-            raise _GiveUp(f"the model named a file outside the task's workspace: {str(path)[-200:]}")
+        """A model chooses file names: none may leave the task's workspace, or be git's own."""
+        workspace = self.run.workspace.resolve()
+        inside = os.path.relpath(path.resolve(), workspace)
+        parts = re.split(r"[\\/]", inside)
+        if parts[0] == "..":
+            reason = "the model named a file outside the task's workspace"
+            raise _GiveUp(f"{reason}: {str(path)[-200:]}")
+        if any(map(_is_git_name, parts)):
+            raise _GiveUp(f"the model named a file of git's own: {inside[-200:]!r}")
 
     def finished(self, action: str) -> None:
         if action == ("WriteCodeReview" if self.run.options["code_review"] else "WriteCode"):
@@ -2439,7 +2581,8 @@ class _Team:
 
     def _clean_environ(self, original: Callable[[], dict[str, str]]) -> dict[str, str]:
         """The environment of a program that the team runs: without this process's secrets."""
-        return {name: value for name, value in original().items() if self.run.redact(value) == value}
+        environ = program_environ(original())
+        return {name: value for name, value in environ.items() if self.run.redact(value) == value}
 
     async def _request(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         """One model request, tried again while that can help; every failed attempt is a LOG at once."""
@@ -2758,6 +2901,18 @@ def setting_name(config: Any, field: str) -> str:
     return (
         f"OPENAI_{field.upper()} or llm.{field}" if _vendor(config) == "openai" else f"llm.{field}"
     )
+
+
+def _is_git_name(part: str) -> bool:
+    """Whether a file system may take `part` for `.git`, by the rules of git's own verify_path.
+
+    HFS+ ignores case and invisible characters. NTFS ignores case, blanks and dots at the end and
+    what follows a colon, and knows `.git` as `git~1` too.
+    """
+    text = unicodedata.normalize("NFKC", part)
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    name = visible.casefold().partition(":")[0].rstrip(". ")
+    return name == ".git" or re.fullmatch(r"git~\d+", name) is not None
 
 
 def _class_name(path: str) -> str:

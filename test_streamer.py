@@ -244,7 +244,7 @@ class Process:
     @functools.cached_property
     def client(self) -> Client:
         assert self.says(" is at http://"), "".join(self.errors)
-        found = re.search(r" is at (http://[^\s/]+)", "".join(self.errors))
+        found = re.search(r" is at (http://[^\s/;]+)", "".join(self.errors))
         assert found is not None
         return Client(found[1])
 
@@ -344,6 +344,8 @@ class ModelServer:
             return "first words [pause]\nand the rest"
         if "[garbage]" in prompt or ("[garbage once]" in prompt and turn == 1):
             return "I would rather not answer in JSON."
+        if "[unclosed once]" in prompt and turn == 1:
+            return "[CONTENT]" * 11_000
         if example := re.search(r"## format example\s*\[CONTENT\](.*?)\[/CONTENT\]", last, re.DOTALL):
             answer = json.loads(example[1])
             answer["Anything UNCLEAR"] = " ".join(sorted(set(MARKS.findall(prompt)))) or "no"
@@ -352,6 +354,8 @@ class ModelServer:
             return f"[CONTENT]\n{json.dumps(answer, indent=4)}\n[/CONTENT]"
         if "## Code Review Result" in last:
             return f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n## Code Review Result\nLGTM\n"
+        if "[blank lines]" in prompt:
+            return "```python\nimport os" + "\n" * 100_000
         program = "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n" if mark == "environ" else ""
         return f"```python\nprint('[mark={mark}]')\n{program}```"
 
@@ -368,16 +372,44 @@ def model_server() -> Iterator[tuple[ModelServer, str]]:
             model.slow.set()
 
 
+def hostile_git(folder: Path) -> dict[str, str]:
+    """An environment and a configuration of git that hide files, run programs, and name another repository."""
+    hook = f"#!/bin/sh\ntouch {folder}/ran\n"
+    for name in ("pre-commit", "commit-msg", "post-commit", "post-index-change"):
+        path = folder / "template" / "hooks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(hook)
+        path.chmod(0o755)
+    (folder / "ignore").write_text("*.json\n*.py\n")
+    (folder / "attributes").write_text("* filter=program\n")
+    config = {
+        "core.fsmonitor": f"touch {folder}/ran; false",
+        "core.hooksPath": f"{folder}/template/hooks",
+        "core.excludesFile": f"{folder}/ignore",
+        "core.attributesFile": f"{folder}/attributes",
+        "init.templateDir": f"{folder}/template",
+        "filter.program.clean": f"touch {folder}/ran; cat",
+        "commit.gpgSign": "true",
+        "status.showUntrackedFiles": "no",
+    }
+    for key, value in config.items():
+        subprocess.run(["git", "config", "--file", folder / "config", key, value], check=True)
+    other = {name: str(folder / "other") for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
+    return {"GIT_CONFIG_GLOBAL": str(folder / "config"), **other}
+
+
 @pytest.fixture(scope="module")
 def metagpt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, ModelServer, Process]]:
     """The real engine behind the stand-in model, as `python streamer.py` starts it; all such tests share it."""
     folder = tmp_path_factory.mktemp("metagpt")
+    git = tmp_path_factory.mktemp("git")
     with model_server() as (model, url):
-        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, **hostile_git(git)}
         command = ["--port", "0", "--max-running", "12", "--allow-run-tests"]
         with process(SERVER, *command, cwd=folder, environ=environ) as server:
             yield server.client, model, server
             assert server.stop() in (0, -signal.SIGTERM)
+    assert sorted(path.name for path in git.iterdir()) == ["attributes", "config", "ignore", "template"]
 
 
 @pytest.fixture
@@ -1954,6 +1986,12 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[task=../../../../escaped.py]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("[task=/etc/hostname]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("", {"run_tests": True, "n_round": 8}, "SUCCEEDED", r"idle|rounds"),
+    ("[task=../.git/config]", {}, "FAILED", r"the model named a file of git's own: '.*/\.git/config'"),
+    ("[task=../.G\u200cit/commondir]", {}, "FAILED", r"the model named a file of git's own: "),
+    ("[task=../.gitattributes]", {}, "SUCCEEDED", r"idle"),
+    ("[task=游戏.py]", {}, "SUCCEEDED", r"idle"),
+    ("[blank lines]", {"code_review": False}, "SUCCEEDED", r"idle"),
+    ("[unclosed once]", {}, "SUCCEEDED", r"idle"),
 ]
 
 
@@ -1985,6 +2023,58 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
     assert not (Path("/etc") / "escaped.py").exists()
     roles = {event["agent_role"] for event in records[12].of("AGENT_START")}
     assert "QaEngineer" in roles
+    assert any(path.endswith("/游戏.py") for path in records[16].last_state["final_result"]["files"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".git", ".GIT", ".git ", ".git. .", ".git::$INDEX_ALLOCATION", "git~1", "GIT~12", ".g\u200cit", "．ｇｉｔ"],
+)
+def test_git_names_in_every_spelling_are_refused(name: str) -> None:
+    """What HFS+, NTFS or a file system that ignores case takes for git's folder."""
+    assert streamer._is_git_name(name)
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".gitattributes", "git", "a.git", ".github", "游戏.py", "..", ""])
+def test_git_names_are_no_more_than_that(name: str) -> None:
+    """Names that only resemble git's are a project's own."""
+    assert not streamer._is_git_name(name)
+
+
+PATTERNS = [
+    (r"```.*?\s+(.*?)```", 1, ["```", "`", "python", " ", "\n", "x"]),
+    (r"```python.*?\s+(.*?)```", 1, ["```", "`", "```python", "python", " ", "\n", "x"]),
+    (r"\[CONTENT\](.*?)\[/CONTENT\]", 1, ["[CONTENT]", "[/CONTENT]", "[", "x", "\n"]),
+    (r"\[CONTENT\]([\s\S]*)\[/CONTENT\]", 1, ["[CONTENT]", "[/CONTENT]", "[", "x", "\n"]),
+    (r"\s*(.*=.*)?(\[.*\])", 2, ["[", "]", "=", " ", "x", "\n"]),
+    (r"(.*?```python.*?\s+)?(?P<code>.*)(```.*?)", "code", ["```", "```python", " ", "\n", "x"]),
+    (r"(.*?```python.*?\s+)?(?P<code>.*)", "code", ["```", "```python", " ", "\n", "x"]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "group", "tokens"), PATTERNS)
+def test_linear_pattern_finds_what_the_original_finds(pattern: str, group: int | str, tokens: list[str]) -> None:
+    """The patterns of MetaGPT that can hold the interpreter, and what replaces them, on short random texts."""
+    chance = random.Random(pattern)
+    for _ in range(5000):
+        text = "".join(chance.choices(tokens, k=chance.randrange(12)))
+        expected = re.search(pattern, text, re.DOTALL)
+        found = re.search(streamer.linear_pattern(pattern), text, re.DOTALL)
+        assert (found and found[group]) == (expected and expected[group]), text
+
+
+def test_linear_pattern_does_not_try_again_and_again(tmp_path: Path) -> None:
+    """100 KB of a start without its end, of blanks, or of brackets: no match, and none that takes minutes."""
+    code = f"""
+import re, streamer
+for pattern, _, tokens in {PATTERNS!r}:
+    for start in tokens:
+        for middle in tokens:
+            text = start + middle * (100_000 // len(middle)) + tokens[0]
+            re.search(streamer.linear_pattern(pattern), text, re.DOTALL)
+"""
+    with process("-c", code, cwd=tmp_path) as script:
+        assert script.wait() == 0, "".join(script.errors)
 
 
 def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelServer, Process]) -> None:
