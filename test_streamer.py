@@ -4642,27 +4642,67 @@ def test_watcher_exits_by_the_outcome(tmp_path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
-def readme_blocks(heading: str) -> list[str]:
+def readme_blocks(heading: str = "") -> list[str]:
+    """The commands of one section of the README, or of all."""
     text = (HERE / "README.md").read_text()
-    section = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    if heading:
+        text = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
 
 
-def test_readme_lines_work_as_written(scripted: Client, tmp_path: Path) -> None:
-    """The curl and wscat lines of "By hand", typed one after the other; only the port differs."""
+def test_readme_commands_can_be_pasted() -> None:
+    """No comments, which zsh has none of at its prompt; what reads the terminal ends its block."""
+    for block in readme_blocks():
+        lines = block.splitlines()
+        assert [line for line in lines if re.search("(^|\\s)#", line)] == []
+        assert [line for line in lines[:-1] if re.search("^wscat|streamer.py", line)] == []
+
+
+def paste_into_bash(lines: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-ec", lines], capture_output=True, text=True, **how)
+
+
+def paste_into_zsh(lines: str, stdin: int, **how: Any) -> subprocess.CompletedProcess[str]:
+    """As at its prompt, without anybody's configuration; wscat gets the person's terminal."""
+    lines = f"set -e\nwscat() {{ command wscat $@ <&{stdin} }}\n{lines}"
+    command = [needs("zsh"), "-f", "-i", "-s"]
+    return subprocess.run(command, input=lines, pass_fds=[stdin], capture_output=True, text=True, **how)
+
+
+@pytest.mark.parametrize("paste", [paste_into_bash, paste_into_zsh])
+def test_readme_lines_work_as_written(tmp_path: Path, paste: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """The curl and wscat lines of the API by example, one after the other; only the port differs."""
     needs("curl")
     needs("wscat")
-    lines = "".join(readme_blocks("By hand")).replace(":8000", f":{scripted.url.rsplit(':', 1)[1]}")
-    readable, writable = os.pipe()  # a person's terminal: an input that stays open and says nothing
-    try:
-        done = subprocess.run(["bash", "-ec", lines], stdin=readable, capture_output=True, text=True, cwd=tmp_path)
-    finally:
-        os.close(readable)
-        os.close(writable)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    for part in ('"type":"connected"', '"event_type":"TASK_COMPLETE"', '"status":"CANCELLED"', "id: 1\n"):
-        assert part in done.stdout, part
-    assert {each["status"] for each in scripted.get("/api/tasks")["items"]} == {"SUCCEEDED", "CANCELLED"}
+    blocks = [block for block in readme_blocks("The API by example") if ".venv" not in block]
+    team = QUICK.replace("0.24", "1.0")  # slow enough to be cancelled
+    with process("-c", team, "--test-mode", "--port", "0", cwd=tmp_path) as server:
+        lines = "".join(blocks).replace(":8000", f":{server.client.url.rsplit(':', 1)[1]}")
+        readable, writable = os.pipe()  # a person's terminal: an input that stays open and says nothing
+        try:
+            done = paste(lines, stdin=readable, cwd=tmp_path)
+        finally:
+            os.close(readable)
+            os.close(writable)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        for part in ('"type":"connected"', '"event_type":"TASK_COMPLETE"', '"status":"CANCELLED"', "id: 1\n"):
+            assert part in done.stdout, part
+        statuses = {each["status"] for each in server.client.get("/api/tasks")["items"]}
+        assert statuses == {"SUCCEEDED", "CANCELLED"}
+
+
+def test_readme_configurations_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of MetaGPT's configurations passes the checks of the start; its values are text, as MetaGPT wants them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".metagpt").mkdir()
+    examples = readme_example("yaml", "llm:").split("\n\n")
+    vendors = []
+    for example in examples:
+        (tmp_path / ".metagpt" / "config2.yaml").write_text(example.replace("…", "0123456789"))
+        llm = streamer.model_config({})["llm"]
+        assert [value for value in llm.values() if not isinstance(value, str)] == []
+        vendors.append(llm.get("api_type", "openai"))
+    assert vendors == ["openai", "azure", "anthropic", "ollama", "openai", "openai"]
 
 
 def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -4739,7 +4779,7 @@ def test_readme_mounting_example_runs(tmp_path: Path) -> None:
 
 
 def test_readme_commands_run_as_written(tmp_path: Path) -> None:
-    """Those with `.venv/bin/python`, but for installing (CI does that) and the tests; at a free port if they serve."""
+    """Those with `.venv/bin/python`, but for installing and the tests: the scripted team does, at a free port."""
     text = (HERE / "README.md").read_text()
     commands = re.findall(r"\.venv/bin/python ([^`&\n#]*)", text)
     seen = set()
@@ -4750,15 +4790,16 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
         seen.add(words[0])
         serves = words[0] == "streamer.py" and "run" not in words
         words[0] = str(HERE / words[0])
-        environ = {"STREAMER_PORT": "0", "OPENAI_API_KEY": KEY, "STREAMER_TASK_TIMEOUT": "1", "STREAMER_TOKEN": TOKEN}
+        environ = {"STREAMER_PORT": "0", "STREAMER_TEST_MODE": "1", "STREAMER_TASK_TIMEOUT": "0.1"}
+        environ["STREAMER_TOKEN"] = TOKEN
         if "--port" in words:
             words[words.index("--port") + 1] = "0"
         with process(*words, cwd=tmp_path, environ=environ) as started:
             if serves:
                 assert started.says(" is at http://"), started.errors
-            else:  # a task that is cut short at one second; no such task
-                assert started.wait() in (1, 2), started.errors
-                assert "usage" not in "".join(started.errors)
+            else:  # a task that is cut short; no such task
+                assert started.wait() == (1 if "run" in words else 2), started.errors
+                assert "streamer: " not in "".join(started.errors)
     assert seen == {"streamer.py", "test_streamer.py"}
 
 
@@ -4790,9 +4831,8 @@ def test_readme_names_every_setting_and_route() -> None:
 
 
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
-    """The runner of one's own, as the README shows it."""
+    """The runner of one's own, as the README shows it, says where it is."""
     code = readme_example("python", "def runner").replace("Settings()", "Settings(port=0, test_mode=True)")
-    code = "import logging\nlogging.basicConfig(level='INFO')\n" + code
     with process("-c", code, cwd=tmp_path) as server:
         record = server.client.watch(server.client.create())
         assert record.last_state["status"] == "SUCCEEDED"
