@@ -105,20 +105,47 @@ class Client:
         url = f"{self.url.replace('http', 'ws', 1)}/ws/tasks/{task_id}?{query}"
         return connect(url, open_timeout=TIMEOUT, close_timeout=TIMEOUT, max_size=None, compression=None)
 
-    def watch(self, task_id: str, query: str = "") -> Record:
-        with self.socket(task_id, query) as websocket:
-            return Record(websocket)
+    def follow(self, task_id: str, query: str = "") -> Watcher:
+        watcher = Watcher(self.socket(task_id, query))
+        watcher.wait_for(lambda: watcher.messages)
+        return watcher
+
+    def watch(self, task_id: str, query: str = "") -> Watcher:
+        """To the end."""
+        return watched(self.socket(task_id, query))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
 
 
-class Record:
-    """What a socket sent until it closed."""
+class Watcher:
+    """What a socket is sent, from now on until its connection ends; it is read in a thread."""
 
     def __init__(self, websocket: ClientConnection) -> None:
+        self.texts: list[str] = []
         self.messages: list[dict[str, Any]] = []
-        with contextlib.suppress(ConnectionClosed):
+        self.close_code: int | None = None
+        self._heard = threading.Condition()
+        self._thread = threading.Thread(target=self._read, args=[websocket])
+        self._thread.start()
+
+    def _read(self, websocket: ClientConnection) -> None:
+        with websocket, contextlib.suppress(ConnectionClosed):
             while True:
-                self.messages.append(json.loads(websocket.recv(timeout=TIMEOUT)))
+                text = websocket.recv(decode=True)
+                with self._heard:
+                    self.texts.append(text)
+                    self.messages.append(json.loads(text))
+                    self._heard.notify_all()
         self.close_code = websocket.close_code
+
+    def wait_for(self, happened: Callable[[], Any]) -> Any:
+        with self._heard:
+            found = self._heard.wait_for(happened, TIMEOUT)
+            assert found, self.messages[-3:]
+            return found
 
     def data(self, kind: str) -> list[dict[str, Any]]:
         return [message["data"] for message in self.messages if message["type"] == kind]
@@ -127,16 +154,49 @@ class Record:
     def events(self) -> list[dict[str, Any]]:
         return self.data("event")
 
-    def of(self, *types: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event_type"] in types]
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        return self.data("state")
+
+    @property
+    def last_state(self) -> dict[str, Any]:
+        return self.states[-1]
+
+    @property
+    def task_id(self) -> str:
+        return str(self.data("connected")[0]["task_id"])
 
     @property
     def ids(self) -> list[int]:
         return [event["event_id"] for event in self.events]
 
-    @property
-    def last_state(self) -> dict[str, Any]:
-        return self.data("state")[-1]
+    def of(self, *types: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event_type"] in types]
+
+    def sees(self, count: int = 1) -> None:
+        """Waits for so many events."""
+        self.wait_for(lambda: len(self.events) >= count)
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first state that fits, waited for."""
+        return dict(self.wait_for(lambda: next(filter(wanted, self.states), None)))
+
+    def lives(self, seconds: float) -> bool:
+        """Whether its connection outlasts so many seconds."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def join(self) -> list[dict[str, Any]]:
+        """Its events, once its connection has ended."""
+        assert not self.lives(2 * TIMEOUT), self.messages[-3:]
+        return self.events
+
+
+def watched(websocket: ClientConnection) -> Watcher:
+    """All that comes until the connection ends."""
+    watcher = Watcher(websocket)
+    watcher.join()
+    return watcher
 
 
 Found = TypeVar("Found")
@@ -151,6 +211,23 @@ def wait_until(look: Callable[[], Found]) -> Found:
         time.sleep(0.02)
         found = look()
     return found
+
+
+def raw_request(client: Client, request: bytes) -> socket.socket:
+    """A connection over which a request that was written by hand has been sent."""
+    sock = socket.create_connection(client.address, TIMEOUT)
+    sock.sendall(request)
+    return sock
+
+
+def read_until(sock: socket.socket, wanted: bytes) -> bytes:
+    """What comes, up to a piece that has `wanted` in it."""
+    received = b""
+    while wanted not in received:
+        data = sock.recv(65536)
+        assert data, received[-200:]
+        received += data
+    return received
 
 
 def read_to_end(sock: socket.socket) -> bytes:
@@ -846,10 +923,10 @@ def test_service_is_the_same_on_every_store(tmp_path: Path, stored: dict[str, An
         task_id = answers[0].json()["id"]
         other = client.http.post("/api/tasks", json={"input_prompt": "q"}, headers=key)
         assert other.json()["error"]["code"] == "idempotency_conflict"
-        witness, waiting = Witness(client, task_id), client.create("waits")
+        witness, waiting = client.follow(task_id), client.create("waits")
         assert gate.started.wait(TIMEOUT)
         assert client.post(f"/api/tasks/{waiting}/run").json()["status"] == "PENDING"
-        queue = Witness(client, waiting)
+        queue = client.follow(waiting)
         queue.until(lambda state: "waiting for a free slot" in (state["last_message"] or ""))
         assert client.post(f"/api/tasks/{waiting}/cancel").status_code == 202
         assert [event["event_type"] for event in queue.join()] == ["TASK_CANCELLED"]
@@ -907,60 +984,6 @@ def busy(folder: Path, **settings: Any) -> Iterator[Process]:
         yield server
 
 
-class Witness:
-    """A client that writes down every message it gets, until its connection ends."""
-
-    def __init__(self, client: Client, task_id: str, query: str = "") -> None:
-        self.task_id = task_id
-        self.messages: list[dict[str, Any]] = []
-        self.close_code: int | None = None
-        self._heard = threading.Condition()
-
-        def read() -> None:
-            with client.socket(task_id, query) as websocket:
-                with contextlib.suppress(ConnectionClosed):
-                    for text in websocket:
-                        with self._heard:
-                            self.messages.append(json.loads(text))
-                            self._heard.notify_all()
-                self.close_code = websocket.close_code
-
-        self._thread = threading.Thread(target=read)
-        self._thread.start()
-        self.wait_for(lambda: self.messages)
-
-    def wait_for(self, happened: Callable[[], Any]) -> Any:
-        with self._heard:
-            found = self._heard.wait_for(happened, TIMEOUT)
-            assert found, self.messages[-3:]
-            return found
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return [message["data"] for message in self.messages if message["type"] == "event"]
-
-    @property
-    def states(self) -> list[dict[str, Any]]:
-        return [message["data"] for message in self.messages if message["type"] == "state"]
-
-    def sees(self, count: int = 1) -> None:
-        """Waits for so many events."""
-        self.wait_for(lambda: len(self.events) >= count)
-
-    def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first state that fits, waited for."""
-        return dict(self.wait_for(lambda: next(filter(wanted, self.states), None)))
-
-    def lives(self, seconds: float) -> bool:
-        """Whether its connection outlasts so many seconds."""
-        self._thread.join(seconds)
-        return self._thread.is_alive()
-
-    def join(self) -> list[dict[str, Any]]:
-        assert not self.lives(TIMEOUT), self.messages[-3:]
-        return self.events
-
-
 def whole_log(client: Client, task_id: str, after: int = 0) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     while True:
@@ -981,7 +1004,7 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
     """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs again on its log."""
     chance = random.Random(5)
     waiting: str | None = None
-    before: list[Witness] = []
+    before: list[Watcher] = []
     for _ in range(31):
         with busy(tmp_path, db="streamer.db", max_running=3, max_events=10**7) as server:
             client = server.client
@@ -996,7 +1019,7 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
                 assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"
             tasks = [client.create(pause) for pause in ("0", "0", "0.001", "0")]
             waiting = tasks.pop()
-            before = [Witness(client, task_id) for task_id in tasks for _ in range(2)]
+            before = [client.follow(task_id) for task_id in tasks for _ in range(2)]
             for witness in before[::2]:
                 witness.sees()
             assert client.post(f"/api/tasks/{waiting}/run").status_code == 202
@@ -1015,11 +1038,11 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         with server.client.socket(done) as websocket:
             receive_until(websocket, is_event("TOKEN"))
             server.client.post(f"/api/tasks/{done}/cancel")
-            Record(websocket)
+            watched(websocket)
         record = server.client.watch(done)
         paged, task = whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")
         cut = server.client.create("0.001")
-        witness = Witness(server.client, cut)
+        witness = server.client.follow(cut)
         witness.sees()
         rows = sqlite3.connect(f"file:{tmp_path}/streamer.db?mode=ro", uri=True).execute(
             "SELECT json_extract(data, '$.payload.message') FROM events WHERE task_id = ? AND event_type = 'TOKEN'",
@@ -1037,7 +1060,7 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         with server.client.socket(cut, f"after={witness.events[-1]['event_id']}") as websocket:
             receive_until(websocket, is_event("TASK_START"))
             server.client.post(f"/api/tasks/{cut}/cancel")
-            Record(websocket)
+            watched(websocket)
         log = whole_log(server.client, cut)
         assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
         ends = [event["event_type"] for event in log if event["event_type"] in ("TASK_START", *TERMINAL)]
@@ -1048,9 +1071,9 @@ def test_shutdown_leaves_waiting_tasks_pending(tmp_path: Path) -> None:
     """A stop that is no kill: what ran is CANCELLED, what waited for its turn still waits, its client is told."""
     with busy(tmp_path, db="streamer.db", max_running=1) as server:
         tasks = [server.client.create("0.01") for _ in range(2)]
-        witnesses = [Witness(server.client, tasks[0])]
+        witnesses = [server.client.follow(tasks[0])]
         witnesses[0].until(lambda state: state["status"] == "RUNNING")
-        witnesses.append(Witness(server.client, tasks[1]))
+        witnesses.append(server.client.follow(tasks[1]))
         witnesses[1].until(lambda state: "waiting for a free slot" in (state["last_message"] or ""))
         server.stop()
         for witness in witnesses:
@@ -1064,7 +1087,7 @@ def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
     """The log cannot be written: the client hears why, nothing succeeds; once there is room, the log says so too."""
     with busy(tmp_path, db="streamer.db", lease=1) as server:
         task_id = server.client.create("0.001")
-        witness = Witness(server.client, task_id)
+        witness = server.client.follow(task_id)
         witness.sees()
         size = max(path.stat().st_size for path in tmp_path.glob("streamer.db*"))
         resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size + 4096, resource.RLIM_INFINITY))
@@ -1093,7 +1116,7 @@ def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
         tasks = [server.client.create("0.001") for _ in range(2)]
         with contextlib.closing(sqlite3.connect(tmp_path / "streamer.db", isolation_level=None)) as shell:
             for task_id, patience in zip(tasks, (0.3, TIMEOUT), strict=True):
-                witness = Witness(server.client, task_id)
+                witness = server.client.follow(task_id)
                 witness.sees()
                 shell.execute("BEGIN IMMEDIATE")
                 lives = witness.lives(patience)
@@ -1151,7 +1174,7 @@ def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
     """Bytes of the log that got lost: a clear 503, a closed stream, and a server that goes on."""
     with busy(tmp_path, db="streamer.db") as server:
         task_id = server.client.create("0.0005")
-        witness = Witness(server.client, task_id)
+        witness = server.client.follow(task_id)
         witness.sees(500)
         server.stop()
         witness.join()
@@ -1196,12 +1219,12 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
             )
             task_id = created.json()["id"]
             with ThreadPoolExecutor(3) as pool:
-                witnesses = list(pool.map(lambda server, task=task_id: Witness(server.client, task), servers))
+                witnesses = list(pool.map(lambda server, task=task_id: server.client.follow(task), servers))
             for witness in witnesses:
                 witness.sees()
                 witness.until(lambda state: state["status"] == "RUNNING")
             for server in servers:  # another replica takes a client over where it was
-                moved = Witness(server.client, task_id, f"after={witnesses[0].events[-1]['event_id']}")
+                moved = server.client.follow(task_id, f"after={witnesses[0].events[-1]['event_id']}")
                 assert moved.messages[0]["data"]["recovered"]
                 witnesses.append(moved)
             running = [server.client.get("/healthz")["running"] for server in servers]
@@ -1225,7 +1248,7 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
                 path = f"/api/tasks/{task_id}/run?restart=true"
                 answers = list(pool.map(lambda server, path=path: server.client.post(path).status_code, servers))
             assert answers == [202] * 3
-            again = Witness(stranger, task_id, f"after={seen[0][-1]['event_id']}")
+            again = stranger.follow(task_id, f"after={seen[0][-1]['event_id']}")
             again.until(lambda state: state["status"] == "RUNNING")
             assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             assert [event["event_type"] for event in again.join()].count("TASK_START") == 1
@@ -1239,7 +1262,7 @@ def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_serv
     with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
         task_id, queued = first.client.create("0.001"), first.client.create("0.01")
         assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
-        witness = Witness(second.client, task_id)
+        witness = second.client.follow(task_id)
         witness.until(lambda state: state["status"] == "RUNNING")
         assert first.client.post(f"/api/tasks/{queued}/run").status_code == 202
         first.stop(signal.SIGKILL)
@@ -1248,12 +1271,12 @@ def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_serv
         assert "interrupted" in seen[-1]["payload"]["message"]
         assert [event["event_id"] for event in seen] == list(range(1, len(seen) + 1))
         assert second.client.get(f"/api/tasks/{task_id}")["status"] == "FAILED"
-        moved = Witness(second.client, queued, "start=false")  # what waited for its turn gets one at the other
+        moved = second.client.follow(queued, "start=false")  # what waited for its turn gets one at the other
         moved.until(lambda state: state["status"] == "RUNNING")
         assert second.client.post(f"/api/tasks/{queued}/cancel").status_code == 202
         moved.join()
         assert second.client.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
-        again = Witness(second.client, task_id)
+        again = second.client.follow(task_id)
         again.until(lambda state: state["status"] == "RUNNING")
         assert second.client.http.delete(f"/api/tasks/{task_id}").status_code == 204
         again.join()
@@ -1264,9 +1287,9 @@ def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_serve
     """SIGSTOP, longer than the lease, SIGCONT: it writes nothing more, its run stops, its clients see the end."""
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
-        own = Witness(first.client, task_id)
+        own = first.client.follow(task_id)
         own.sees()
-        other = Witness(second.client, task_id)
+        other = second.client.follow(task_id)
         first.popen.send_signal(signal.SIGSTOP)
         seen = other.join()
         assert seen[-1]["event_type"] == "TASK_ERROR"
@@ -1277,7 +1300,7 @@ def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_serve
         health = first.client.get("/healthz")
         assert (health["running"], health["abandoned"]) == (0, 0)
         assert whole_log(second.client, task_id) == seen
-        fresh = Witness(first.client, first.client.create("0.001"))  # it has a new lease
+        fresh = first.client.follow(first.client.create("0.001"))  # it has a new lease
         fresh.sees()
         assert second.client.post(f"/api/tasks/{fresh.task_id}/cancel").status_code == 202
         fresh.join()
@@ -1289,7 +1312,7 @@ def test_replica_that_is_stopped_hands_over_what_waits(tmp_path: Path, redis_ser
         task_id, queued = first.client.create("0.001"), first.client.create("0.01")
         for each in (task_id, queued):
             assert first.client.post(f"/api/tasks/{each}/run").status_code == 202
-        witness = Witness(second.client, queued, "start=false")
+        witness = second.client.follow(queued, "start=false")
         first.stop()
         witness.until(lambda state: state["status"] == "RUNNING")
         assert settled(second.client, task_id)["status"] == "CANCELLED"
@@ -1302,7 +1325,7 @@ def test_replica_that_misses_news_catches_up(tmp_path: Path, redis_server: Redis
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
         assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
-        stays = Witness(second.client, task_id)
+        stays = second.client.follow(task_id)
         for _ in range(10):
             with second.client.socket(task_id, "types=AGENT_START") as websocket:
                 websocket.recv()
@@ -1319,7 +1342,7 @@ def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisSe
         first, second = (server.client for server in servers)
         task_id = first.create("0.001")
         assert first.post(f"/api/tasks/{task_id}/run").status_code == 202
-        witnesses = [Witness(client, task_id) for client in (first, second)]
+        witnesses = [client.follow(task_id) for client in (first, second)]
         for witness in witnesses:
             witness.until(lambda state: state["status"] == "RUNNING")
         folder = tmp_path / "workspace" / task_id
@@ -1340,9 +1363,9 @@ def test_redis_goes_away_and_comes_back(tmp_path: Path, redis_server: RedisServe
     """Shorter than the lease the run goes on, longer ends it; the clients keep their sockets, or hear why not."""
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
-        own = Witness(first.client, task_id)
+        own = first.client.follow(task_id)
         own.sees()
-        other = Witness(second.client, task_id)
+        other = second.client.follow(task_id)
         other.sees()
         redis_server.kill()
         try:
@@ -1392,7 +1415,7 @@ def test_redis_that_is_absent_or_refuses_exits_2(tmp_path: Path, redis_server: R
 
 def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServer) -> None:
     with replicas(1, redis_server, tmp_path) as (server,):
-        witness = Witness(server.client, server.client.create("0.001"))
+        witness = server.client.follow(server.client.create("0.001"))
         witness.sees()
         redis_server("CONFIG", "SET", "maxmemory", "1")
         try:
@@ -1636,7 +1659,7 @@ def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> Non
     with scripted.socket(task_id) as websocket:
         receive_until(websocket, lambda message: message["data"].get("cost", {}).get("completion_tokens", 0) > 0)
         scripted.post(f"/api/tasks/{task_id}/cancel")
-        before = Record(websocket).last_state["cost"]
+        before = watched(websocket).last_state["cost"]
     assert scripted.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
     record = scripted.watch(task_id)
     team = [part[4].replace("{prompt}", "Build a todo app") for part in streamer.SCRIPT[:3]]
@@ -1999,7 +2022,7 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
     """Each way to fail ends in the right status, with a reason a person can act on, and no key anywhere."""
     client, model, server = metagpt
 
-    def run(number: int) -> Record:
+    def run(number: int) -> Watcher:
         prompt, options, _, _ = FAILURES[number]
         return client.watch(client.create(f"[mark=fail{number}] {prompt}", options=options))
 
@@ -2110,7 +2133,7 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
     client, model, _ = metagpt
     marks = [f"iso{number}" for number in range(8)]
 
-    def run(mark: str) -> tuple[str, Record]:
+    def run(mark: str) -> tuple[str, Watcher]:
         task_id = client.create(f"Build [mark={mark}] [garbage once]")
         return task_id, client.watch(task_id)
 
@@ -2140,7 +2163,7 @@ def test_metagpt_cancel_during_a_model_call(metagpt: tuple[Client, ModelServer, 
         receive_until(websocket, lambda message: "waiting_on" in message["data"])
         assert model.asked.wait(TIMEOUT)
         websocket.send('{"type": "cancel"}')
-        record = Record(websocket)
+        record = watched(websocket)
     requests = len(model.requests["stop"])
     assert record.events[-1]["event_type"] == "TASK_CANCELLED"
     assert (record.last_state["status"], record.close_code) == ("CANCELLED", 1000)
@@ -2163,7 +2186,7 @@ def test_metagpt_token_shows_while_the_model_pauses(metagpt: tuple[Client, Model
         model.slow.set()
         model.slow.clear()
         websocket.send('{"type": "cancel"}')
-        assert Record(websocket).last_state["status"] == "CANCELLED"
+        assert watched(websocket).last_state["status"] == "CANCELLED"
 
 
 SYNC_FILE_OPERATION = """
@@ -2194,7 +2217,7 @@ def test_metagpt_cancel_during_a_file_operation(tmp_path: Path, seconds: int, ab
                 receive_until(websocket, lambda message: "Edward" in str(message["data"].get("payload")))
                 receive_until(websocket, is_event("LOG"))
                 client.post(f"/api/tasks/{task_id}/cancel")
-                record = Record(websocket)
+                record = watched(websocket)
             assert record.last_state["status"] == "CANCELLED"
             assert ("was abandoned" in record.events[-1]["payload"]["message"]) is abandoned
             assert client.get("/healthz")["abandoned"] == abandoned
@@ -2283,7 +2306,7 @@ def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) ->
             receive_until(websocket, lambda message: "waiting for a free slot" in str(message))
             for task_id in (waiting, unstarted):
                 assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
-            record = Record(websocket)
+            record = watched(websocket)
         assert [event["event_type"] for event in record.events] == ["TASK_CANCELLED"]
         assert [event["event_type"] for event in client.watch(unstarted).events] == ["TASK_CANCELLED"]
         gate.go.set()
@@ -2333,7 +2356,7 @@ def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path, timeout: float
             receive_until(websocket, is_event("LOG"))
             if timeout is None:
                 websocket.send('{"type": "cancel"}')
-            record = Record(websocket)
+            record = watched(websocket)
         release.set()
         assert ended.wait(TIMEOUT)
         message = record.events[-1]["payload"]["message"]
@@ -2516,7 +2539,7 @@ def test_cancel_callback_that_fails_is_the_runners_own_problem(tmp_path: Path) -
     with live(runner, tmp_path) as client, client.socket(task_id := client.create()) as websocket:
         receive_until(websocket, is_event("LOG"))
         assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
-        assert Record(websocket).last_state["status"] == "CANCELLED"
+        assert watched(websocket).last_state["status"] == "CANCELLED"
 
 
 @pytest.mark.anyio
@@ -2546,7 +2569,7 @@ def test_delete_stops_forgets_and_tells(tmp_path: Path) -> None:
         with client.socket(task_id, "start=false") as idle:
             receive_until(idle, lambda message: message["type"] == "state")
             assert client.http.delete(f"/api/tasks/{task_id}").status_code == 204
-            gone = Record(idle)
+            gone = watched(idle)
         assert gone.messages[-1]["data"]["code"] == "task_not_found"
         assert gone.close_code == 4404
         assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
@@ -2632,7 +2655,7 @@ def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
         with client.socket(task_id) as websocket:
             receive_until(websocket, lambda message: message["type"] == "connected")
             joined[number].set()
-            return Record(websocket).ids
+            return watched(websocket).ids
 
     with live(runner, tmp_path, subscriber_buffer=64) as client:
         task_id = client.create()
@@ -2705,7 +2728,7 @@ def test_fault_refusal_before_accept_is_a_403(tmp_path: Path) -> None:
     with live(burst(1), tmp_path) as client:
         url = client.url.replace("http", "ws", 1)
         with connect(f"{url}/ws/nonsense", open_timeout=TIMEOUT) as websocket:
-            record = Record(websocket)
+            record = watched(websocket)
     assert (record.messages[0]["data"]["code"], record.close_code) == ("task_not_found", 4404)
 
 
@@ -2716,7 +2739,7 @@ def test_fault_shutdown_hangs_on_an_open_socket(tmp_path: Path) -> None:
         with raw_socket(server.client, task_id), server.client.socket(task_id) as websocket:
             receive_until(websocket, is_event("TOKEN"))
             server.popen.send_signal(signal.SIGTERM)
-            assert Record(websocket).close_code == 1000
+            assert watched(websocket).close_code == 1000
             assert server.wait() == -signal.SIGTERM
 
 
@@ -2739,13 +2762,10 @@ def test_fault_a_payload_json_cannot_carry_kills_the_stream(tmp_path: Path) -> N
     def strict(constant: str) -> None:
         raise AssertionError(constant)
 
-    with live(runner, tmp_path) as client, client.socket(client.create()) as websocket:
-        texts: list[str] = []
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                texts.append(str(websocket.recv(timeout=TIMEOUT)))
-        messages = [json.loads(text, parse_constant=strict) for text in texts]
-        assert websocket.close_code == 1000
+    with live(runner, tmp_path) as client:
+        watcher = client.watch(client.create())
+    messages = [json.loads(text, parse_constant=strict) for text in watcher.texts]
+    assert watcher.close_code == 1000
     events = [message["data"] for message in messages if message["type"] == "event"]
     assert [event["event_type"] for event in events] == ["TASK_START", *["MESSAGE"] * 6, "RESULT", "TASK_COMPLETE"]
     assert all(isinstance(event["payload"]["message"], str) for event in events)
@@ -2917,7 +2937,7 @@ def test_hostile_frames_get_their_close_code(tmp_path: Path) -> None:
                         assert data, (sent[:20], received[-200:])
                         received += data
             gate.go.set()
-            record = Record(witness)
+            record = watched(witness)
         assert (record.ids, record.close_code) == ([3, 4, 5], 1000)
         assert {message["type"] for message in record.messages} == {"event", "state"}
 
@@ -2936,7 +2956,7 @@ def test_flood_of_messages_disturbs_nobody(tmp_path: Path) -> None:
             witness.send('{"type": "ping"}')
             receive_until(witness, lambda message: message["type"] == "pong")
             gate.go.set()
-            assert Record(witness).close_code == 1000
+            assert watched(witness).close_code == 1000
 
 
 # Servers of other kinds
@@ -2954,14 +2974,6 @@ def story(run: Run) -> dict[str, Any]:
     return {"answer": 42}
 
 
-def texts_of(client: Client, task_id: str) -> list[str]:
-    texts: list[str] = []
-    with client.socket(task_id) as websocket, contextlib.suppress(ConnectionClosed):
-        while True:
-            texts.append(str(websocket.recv(timeout=TIMEOUT)))
-    return texts
-
-
 def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
     """With the extension, and by send_text under plain uvicorn and in Starlette's test client: equal bytes."""
     settings = Settings(workspace=tmp_path, test_mode=True)
@@ -2974,15 +2986,15 @@ def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
         ours = Client(url)
         with ours.http:
             task_id = ours.create()
-            live_events = [text for text in texts_of(ours, task_id) if '"type":"event"' in text]
-            replay = texts_of(ours, task_id)
+            live_events = [text for text in ours.watch(task_id).texts if '"type":"event"' in text]
+            replay = ours.watch(task_id).texts
     assert [text for text in replay if '"type":"event"' in text] == live_events
     plain = uvicorn.Config(app(), log_config=None, ws="websockets-sansio", timeout_graceful_shutdown=1)
     with serving(uvicorn.Server(plain), loopback()) as url:
         client = Client(url)
         with client.http:
-            assert texts_of(client, task_id) == replay
-            again = [text for text in texts_of(client, client.create()) if '"type":"event"' in text]
+            assert client.watch(task_id).texts == replay
+            again = [text for text in client.watch(client.create()).texts if '"type":"event"' in text]
             assert normal(again) == normal(live_events)
     with (
         TestClient(app(), "http://localhost") as inside,
@@ -3007,9 +3019,9 @@ app = streamer.create_app(streamer.Settings(test_mode=True), runner=story)
         assert server.says("Running on")
         client = Client(f"http://{bind}")
         with client.http:
-            texts = texts_of(client, client.create())
+            texts = client.watch(client.create()).texts
     with live(story, tmp_path) as client:
-        ours = texts_of(client, client.create())
+        ours = client.watch(client.create()).texts
     kinds = [[text for text in each if '"type":"event"' in text] for each in (texts, ours)]
     assert normal(kinds[0]) == normal(kinds[1])
     assert '"status":"SUCCEEDED"' in texts[-1]
@@ -3171,7 +3183,7 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
         websocket.send('{"type": "ping"}')
         assert receive_until(websocket, lambda message: message["type"] == "pong")
         gate.go.set()
-        record = Record(websocket)
+        record = watched(websocket)
         assert record.close_code == 1000
         assert record.events[-1] == {**record.events[-1], "event_type": "TASK_COMPLETE", "event_id": 5}
         assert record.messages[-1]["data"]["status"] == "SUCCEEDED"
@@ -3232,7 +3244,7 @@ def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
         assert waits[-1]["waiting_on"]["seconds"] > waits[0]["waiting_on"]["seconds"]
         assert {wait["progress"] for wait in waits} == {0.7}
         go.set()
-        assert "waiting_on" not in Record(websocket).last_state
+        assert "waiting_on" not in watched(websocket).last_state
 
 
 def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> None:
@@ -3248,7 +3260,7 @@ def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> Non
         for _ in range(8):
             receive_until(websocket, lambda message: message["type"] == "state")
         go.set()
-        assert Record(websocket).of("RESULT")
+        assert watched(websocket).of("RESULT")
 
 
 def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
@@ -3778,7 +3790,7 @@ def test_live_stream_outlasts_half_a_request_behind_it(tmp_path: Path, monkeypat
         with socket.create_connection((host, int(port)), TIMEOUT) as sock:
             head = f"GET /api/tasks/{task_id}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
             sock.sendall(head.encode() + b"GET /hea")
-            witness = Witness(client, task_id)
+            witness = client.follow(task_id)
             assert witness.lives(1.0)
             gate.go.set()
             witness.join()
@@ -3862,7 +3874,7 @@ def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
         print(f"seed {seed}: {sum(fuzzer.statuses.values())} requests {dict(fuzzer.statuses)}, {fuzzer.frames} frames")
         assert fuzzer.faults == []
         assert server.client.get("/healthz")["status"] == "ok"
-        witness = Witness(server.client, fuzzer.fresh_task())
+        witness = server.client.follow(fuzzer.fresh_task())
         witness.sees(5)
         assert server.client.post(f"/api/tasks/{witness.task_id}/cancel").status_code == 202
         assert witness.join()[-1]["event_type"] == "TASK_CANCELLED"
@@ -4346,8 +4358,8 @@ def test_signals_stop_the_run_tell_the_clients_and_exit(tmp_path: Path, how: sig
                 receive_until(websocket, is_event("TOKEN"))
             receive_until(idle, lambda message: message["type"] == "state")
             server.popen.send_signal(how)
-            records = [Record(websocket) for websocket in watchers]
-            idle_record = Record(idle)
+            records = [watched(websocket) for websocket in watchers]
+            idle_record = watched(idle)
         code = server.wait()
     for record in records:
         assert record.events[-1]["event_type"] == "TASK_CANCELLED"
@@ -4371,7 +4383,7 @@ streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG")
         with server.client.socket(server.client.create()) as websocket:
             receive_until(websocket, is_event("LOG"))
             server.popen.send_signal(signal.SIGTERM)
-            record = Record(websocket)
+            record = watched(websocket)
         assert "was abandoned" in record.events[-1]["payload"]["message"]
         assert server.wait() == -signal.SIGTERM
         assert "Traceback" not in "".join(server.errors)
@@ -4721,7 +4733,7 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
         client = Client(f"http://127.0.0.1:{port}")
         try:
             task_id = client.create("0.001")
-            witnesses = [Witness(client, task_id) for _ in range(4)]
+            witnesses = [client.follow(task_id) for _ in range(4)]
             for witness in witnesses:
                 witness.sees()
             accept = {"Accept": "text/event-stream"}
