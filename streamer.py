@@ -558,6 +558,13 @@ def said(error: BaseException) -> str:
         return f"<{type(error).__name__}>"
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed: the text alone where it was written for a person."""
+    if isinstance(error, StreamerError | SettingsError):
+        return said(error)
+    return f"{type(error).__name__}: {said(error)}"
+
+
 # -----------------------------------------------------------------------------
 # Tasks
 # -----------------------------------------------------------------------------
@@ -2025,37 +2032,166 @@ VENDORS: Mapping[str, tuple[str, str, str, str]] = {
     "ark_api": ("ArkLLM", "ark", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
 }
 NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where they are not
-OpenAI's and gpt-4o), or write MetaGPT's ~/.metagpt/config2.yaml, or see a scripted team with --test-mode"""
+OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's
+~/.metagpt/config2.yaml, or see a scripted team with --test-mode"""
+# The server of each api_type, so that it is never the default of MetaGPT, OpenAI's for all of them.
+# Empty: the vendor's SDK knows it.
+VENDOR_URLS: Mapping[str, str] = {
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+    "claude": "https://api.anthropic.com",
+    "openrouter": "https://openrouter.ai/api/v1",
+    "mistral": "https://api.mistral.ai/v1",
+    "fireworks": "https://api.fireworks.ai/inference/v1",
+    "ark": "https://ark.cn-beijing.volces.com/api/v3",
+    "gemini": "",
+    "zhipuai": "",
+    "qianfan": "",
+    "dashscope": "",
+    "bedrock": "",
+}
+# An example for those that have none of their own, or several.
+EXAMPLE_URLS: Mapping[str, str] = {
+    "azure": "https://<resource>.openai.azure.com",
+    "ollama": "http://127.0.0.1:11434/api",
+    "ollama.generate": "http://127.0.0.1:11434/api",
+    "open_llm": "http://127.0.0.1:8000/v1",
+    "moonshot": "https://api.moonshot.ai/v1",
+    "yi": "https://api.lingyiwanwu.com/v1",
+    "spark": "wss://spark-api.xf-yun.com/v4.0/chat",
+    "metagpt": "https://<its address>/v1",
+}
+# What is added to a base URL, and so must not be in it.
+URL_PATHS = re.compile("/(chat/completions|completions|responses|messages|api/(chat|generate))/?$")
+NUMBERS = ("max_token", "timeout", "temperature", "top_p")
 
 
 def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    """MetaGPT's configuration: its config2.yaml files, merged as it merges them, or else OPENAI_API_KEY.
+    """MetaGPT's configuration: its config2.yaml files, merged as it does, or the environment's keys.
 
     The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
-    wins. Raises SettingsError where there is no model, or its vendor's SDK is missing.
+    wins. Raises SettingsError, which names the setting, for a model that cannot work.
     """
     config: dict[str, Any] = {}
+    source = None
     root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
     for path in (root / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"):
-        if path.exists():
-            yaml = importlib.import_module("yaml")
-            try:
-                loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise SettingsError(f"{path} cannot be read: {error}") from error
-            if not isinstance(loaded, dict) or not isinstance(loaded.get("llm", {}), dict):
-                raise SettingsError(f"{path} must hold a mapping, and `llm` in it another one")
-            config.update(loaded)
-    if "llm" not in config and (key := environ.get("OPENAI_API_KEY")):
-        config["llm"] = {"api_type": "openai", "api_key": key, "model": environ.get("OPENAI_MODEL") or "gpt-4o"}
-        if url := environ.get("OPENAI_BASE_URL"):
-            config["llm"]["base_url"] = url
-    if config.get("llm", {"api_key": ""}).get("api_key", "-") in ("", None, "YOUR_API_KEY"):
+        loaded = _read_config(path)
+        config.update(loaded)
+        source = path if "llm" in loaded else source
+    if config.get("llm", {}).get("api_key") == "YOUR_API_KEY":  # MetaGPT's example, as it wrote it
+        del config["llm"]
+    names: dict[str, str] = {}
+    for vendor, default in (("openai", {"model": "gpt-4o"}), ("anthropic", {})):
+        prefix = vendor.upper()
+        if "llm" not in config and environ.get(f"{prefix}_API_KEY"):
+            names = {key: f"{prefix}_{key.upper()}" for key in ("api_key", "base_url", "model")}
+            given = {key: environ[name] for key, name in names.items() if environ.get(name)}
+            config["llm"] = {"api_type": vendor, **default, **given}
+    if "llm" not in config:
         raise SettingsError(NO_MODEL)
+    _check_model(config["llm"], lambda key: names.get(key, f"llm.{key} in {source}"))
+    _check_proxies(config["llm"], environ)
     for _, api_type, module, package in VENDORS.values():
         if config["llm"].get("api_type") == api_type and not _installed(module):
             raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
     return config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a config2.yaml holds; nothing where there is none."""
+    if not path.exists():
+        return {}
+    yaml = importlib.import_module("yaml")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold a key
+        line = error.problem_mark.line + 1
+        raise SettingsError(f"{path} cannot be read: line {line}: {error.problem}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("llm", {}), dict):
+        raise SettingsError(f"{path} must hold a mapping, and `llm` in it another one")
+    return loaded
+
+
+def _check_model(model: dict[str, Any], name: Callable[[str], str]) -> None:
+    """Completes a model's base URL. Raises SettingsError for what cannot work."""
+    vendor = str(model.get("api_type", "openai"))
+    if vendor not in VENDOR_URLS and vendor not in EXAMPLE_URLS:
+        known = ", ".join((*VENDOR_URLS, *EXAMPLE_URLS))
+        raise SettingsError(f"{name('api_type')} must be one of {known}, not {vendor!r}")
+    if not isinstance(model.get("model"), str) or not model["model"].strip():
+        raise SettingsError(f"{name('model')} must be the name of a model of {vendor}")
+    if model.get("base_url"):
+        _check_url_form(model["base_url"], name("base_url"))
+    elif vendor in EXAMPLE_URLS:
+        raise SettingsError(f"{name('base_url')} is missing, for example {EXAMPLE_URLS[vendor]}")
+    else:
+        model["base_url"] = VENDOR_URLS[vendor]
+        if VENDOR_URLS[vendor] and not model.get("api_key"):
+            raise SettingsError(f"{name('api_key')} is missing")
+    if vendor == "azure" and not model.get("api_version"):
+        raise SettingsError(f"{name('api_version')} is missing, for example 2024-10-21")
+    _check_key(model, name("api_key"))
+    for key in NUMBERS:
+        try:
+            float(model.get(key, 0))
+        except (TypeError, ValueError):
+            raise SettingsError(f"{name(key)} must be a number, not {model[key]!r}") from None
+
+
+def _check_key(model: dict[str, Any], name: str) -> None:
+    """A key goes into a header of HTTP, which carries no line break and little beside ASCII."""
+    key = model.get("api_key")
+    if not key:
+        model.pop("api_key", None)  # MetaGPT has a key for servers that need none
+        return
+    if not isinstance(key, str):
+        raise SettingsError(f"{name} must be text, in quotes")
+    wrong = re.search("[^!-~]", key)
+    if wrong:
+        what = {"\n": "a line break", "\r": "a line break", " ": "a blank"}.get(
+            wrong[0], repr(wrong[0])
+        )
+        raise SettingsError(f"{name} holds {what}, which no key has: copy it again")
+
+
+def _check_url_form(url: Any, name: str) -> None:
+    """Raises SettingsError for a base URL that no request can be sent to."""
+    try:
+        parts = urlsplit(url)
+        scheme = parts.scheme in ("http", "https", "ws", "wss")
+        if not scheme or not parts.hostname or parts.port == 0 or re.search("[^!-~]", url):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise SettingsError(
+            f"{name} must have the form https://api.openai.com/v1, not {url!r}"
+        ) from None
+    added = URL_PATHS.search(parts.path)
+    if added:
+        raise SettingsError(f"{name} must end before {added[0]}, which is added to it")
+
+
+def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Raises SettingsError for a proxy that the model's client cannot use, whoever set it."""
+    proxies = {"llm.proxy": model.get("proxy")}
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for variable in (name, name.lower()):
+            url = environ.get(variable)
+            proxies[variable] = url if not url or "://" in url else f"http://{url}"
+    if str(model.get("api_type")).startswith(
+        "ollama"
+    ):  # its client, aiohttp, is not told of a proxy
+        proxies = {}
+        if model.get("proxy"):
+            raise SettingsError("llm.proxy has no effect with ollama: remove it")
+    for name, url in proxies.items():
+        scheme, _, rest = str(url or "http://none").partition("://")
+        if scheme not in ("http", "https", "socks5", "socks5h") or not rest:
+            raise SettingsError(f"{name} must have the form http://host:8080 or socks5://host:1080")
+        if scheme.startswith("socks") and not _installed("socksio"):
+            raise SettingsError(f"{name} is a SOCKS proxy, which needs: pip install socksio")
 
 
 def _installed(module: str) -> bool:
@@ -2107,6 +2243,7 @@ ENGINE_NAMES: Mapping[str, str] = {
     "config": "metagpt.config2",
     "Context": "metagpt.context",
     "set_llm_stream_logfunc": "metagpt.logs",
+    "LLM_REGISTRY": "metagpt.provider.llm_provider_registry",
     "openai_api": "metagpt.provider",
     "Team": "metagpt.team",
     "roles": "metagpt",
@@ -2126,11 +2263,24 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
     global _engine
     with _engine_lock:
         if _engine is None:
-            engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
+            try:
+                engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
+            except ValueError as error:
+                raise SettingsError(_refused_field(error)) from error
             _route_output(engine)
             _mend(engine)
+            _address_models(engine)
             _engine = engine
     return _engine
+
+
+def _refused_field(error: ValueError) -> str:
+    """pydantic's error about a configuration fills a page; the field and what is wrong with it."""
+    details = error.errors()[0] if hasattr(error, "errors") else None
+    if details is None:
+        return said(error)
+    where = ".".join(map(str, details["loc"]))
+    return f"{where} in config2.yaml is not what MetaGPT takes: {details['msg']}"
 
 
 def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleNamespace:
@@ -2387,6 +2537,32 @@ def _mend_token_counts(engine: types.SimpleNamespace) -> None:
     """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
     engine.openai_api.count_output_tokens = lambda text, model: -(-len(text) // 4)
     engine.openai_api.count_input_tokens = lambda messages, model: -(-len(str(messages)) // 4)
+
+
+def _address_models(engine: types.SimpleNamespace) -> None:
+    """Sends what is asked of a model to its own vendor, through the proxy that its settings name."""
+    get_provider = engine.LLM_REGISTRY.get_provider
+
+    def make(api_type: Any, config: Any) -> Any:
+        vendor = vendor_of(config)
+        if "base_url" not in config.model_fields_set:  # then it is OpenAI's, whatever the vendor
+            if vendor in EXAMPLE_URLS:
+                example = EXAMPLE_URLS[vendor]
+                raise _GiveUp(f"base_url of a model of {vendor} is missing, for example {example}")
+            config.base_url = VENDOR_URLS[vendor]
+        model = get_provider(api_type)(config)
+        if config.proxy and hasattr(model, "aclient"):
+            transport = engine.openai_api.AsyncHttpxClientWrapper
+            http = transport(proxy=config.proxy, follow_redirects=True)
+            model.aclient = model.aclient.with_options(http_client=http)
+        if vendor != "openai" and hasattr(getattr(model, "aclient", None), "organization"):
+            model.aclient.organization = None  # OpenAI's own, from OPENAI_ORG_ID
+            model.aclient.project = None
+        return model
+
+    engine.LLM_REGISTRY.get_provider = lambda api_type: partial(make, api_type)
+    # It would hand the proxy to the SDK under a name that the SDK does not know any more.
+    engine.openai_api.OpenAILLM._get_proxy_params = lambda llm: {}
 
 
 def _subclasses(kind: Any) -> Iterator[Any]:
@@ -2864,21 +3040,15 @@ def _quoted(body: object, secrets: Sequence[str]) -> str:
     return text if len(text) <= 300 else f"{text[:299]}…"
 
 
-# What a person should look at where there is no API at a base URL.
-URL_ADVICE: Mapping[str, str] = {
-    "azure": "as https://<resource>.openai.azure.com",
-    "anthropic": "without the /v1/messages that is added to it",
-    "claude": "without the /v1/messages that is added to it",
-    "ollama": "does it end in /api?",
-    "ollama.generate": "does it end in /api?",
-}
-
-
 def _check_url(config: Any) -> str:
+    """Where to look when a server has no API at its base URL."""
     name = setting_name(config, "base_url")
-    if re.search(r"/v\d\w*(/openai)?/?$", str(config.base_url)):
+    vendor = vendor_of(config)
+    example = EXAMPLE_URLS.get(vendor) or VENDOR_URLS.get(vendor)
+    if re.search(r"/v\d\w*(/openai)?/?$", str(config.base_url)) or not example:
         return f"check {name}"
-    return f"check {name} ({URL_ADVICE.get(_vendor(config), 'does it end in /v1?')})"
+    advice = "does it end in /v1?" if example.endswith("/v1") else f"as {example}"
+    return f"check {name} ({advice})"
 
 
 def _server(config: Any) -> str:
@@ -2887,20 +3057,21 @@ def _server(config: Any) -> str:
     address = (
         f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         if parts.netloc
-        else _vendor(config)
+        else vendor_of(config)
     )
     return f"the model API at {address}"
 
 
-def _vendor(config: Any) -> str:
+def vendor_of(config: Any) -> str:
     return str(getattr(config.api_type, "value", config.api_type))
 
 
 def setting_name(config: Any, field: str) -> str:
-    """Where a person sets `field` of a model: the environment has names for those of OpenAI."""
-    return (
-        f"OPENAI_{field.upper()} or llm.{field}" if _vendor(config) == "openai" else f"llm.{field}"
-    )
+    """Where a person sets `field` of a model: in config2.yaml, and for some in the environment."""
+    vendor = vendor_of(config)
+    if vendor in ("openai", "anthropic"):
+        return f"{vendor.upper()}_{field.upper()} or llm.{field}"
+    return f"llm.{field}"
 
 
 def _is_git_name(part: str) -> bool:
@@ -3025,7 +3196,7 @@ class Supervisor:
         if self._warm_up is not None:
             outcome = await anyio.to_thread.run_sync(_guarded, self._warm_up, abandon_on_cancel=True)
             if outcome.error is not None:
-                reason = redact(f"{type(outcome.error).__name__}: {said(outcome.error)}", self._secrets)
+                reason = redact(reason_of(outcome.error), self._secrets)
                 self.engine_error = f"MetaGPT could not be loaded: {reason}"
                 logger.error("engine error=%r", self.engine_error)
         self._ready.set()
@@ -3466,7 +3637,7 @@ class Supervisor:
             error = RunFailed(f"the runner must return a mapping or None, not {type(outcome.result).__name__}")
         if error is None:
             return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
-        reason = said(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {said(error)}"
+        reason = reason_of(error)
         logger.error("task id=%s failed=%s", active.run.task_id, ascii(active.run.redact(reason)))
         return TaskStatus.FAILED, EventType.TASK_ERROR, reason
 

@@ -285,7 +285,8 @@ class Process:
     """`python streamer.py …` (or another script), as a user starts it."""
 
     def __init__(self, *command: str, cwd: Path, environ: Mapping[str, str] | None = None) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMER_", "OPENAI_"))}
+        others = ("STREAMER_", "OPENAI_", "ANTHROPIC_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         environ = {**clean, "HOME": str(cwd), "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", **(environ or {})}
         pipe = subprocess.PIPE
         self.popen = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environ, stdout=pipe, stderr=pipe)
@@ -411,9 +412,10 @@ class ModelServer:
     def _refusal(self, prompt: str, turn: int) -> Response | None:
         if "[503 once]" in prompt and turn == 1:
             return JSONResponse({"error": {"message": "overloaded"}}, 503, {"Retry-After": "1"})
-        for status in (401, 404):
+        for status, code in ((401, "invalid_api_key"), (404, "model_not_found")):
             if f"[{status}]" in prompt:
-                return JSONResponse({"error": {"message": f"refused, you sent {KEY}"}}, status)
+                error = {"message": f"refused, you sent {KEY}", "code": code}
+                return JSONResponse({"error": error}, status)
         return None
 
     def _answer(self, last: str, prompt: str, mark: str, turn: int) -> str:
@@ -1688,6 +1690,182 @@ assert not {"metagpt", "openai", "loguru", "pydantic", "yaml", "numpy"} & set(sy
         assert script.wait() == 0, "".join(script.errors)
 
 
+MODEL = {"api_key": "sk-abcdefgh", "model": "some-model"}
+AZURE = {**MODEL, "api_type": "azure", "base_url": "https://some.openai.azure.com"}
+# the environment, what config2.yaml holds as `llm` (None: there is no such file); the complaint
+WRONG_MODELS: list[tuple[dict[str, str], Any, str]] = [
+    (
+        {"OPENAI_API_KEY": "sk\n"},
+        None,
+        "OPENAI_API_KEY holds a line break, which no key has: copy it again",
+    ),
+    ({"OPENAI_API_KEY": "“sk”"}, None, "OPENAI_API_KEY holds '“', which no key has: copy it again"),
+    (
+        {"OPENAI_API_KEY": "s k"},
+        None,
+        "OPENAI_API_KEY holds a blank, which no key has: copy it again",
+    ),
+    (
+        {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "localhost:1234/v1"},
+        None,
+        "OPENAI_BASE_URL must have the form https://api.openai.com/v1, not 'localhost:1234/v1'",
+    ),
+    (
+        {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://h/v1/chat/completions"},
+        None,
+        "OPENAI_BASE_URL must end before /chat/completions, which is added to it",
+    ),
+    (
+        {"OPENAI_API_KEY": KEY, "OPENAI_MODEL": " "},
+        None,
+        "OPENAI_MODEL must be the name of a model of openai",
+    ),
+    (
+        {"ANTHROPIC_API_KEY": KEY},
+        None,
+        "ANTHROPIC_MODEL must be the name of a model of anthropic",
+    ),
+    ({}, {}, "llm.model must be the name of a model of openai"),
+    ({}, {"model": "some-model"}, "llm.api_key is missing"),
+    ({}, {**MODEL, "api_key": 12345678}, "llm.api_key must be text, in quotes"),
+    (
+        {},
+        {**MODEL, "base_url": "http://a b/v1"},
+        "llm.base_url must have the form https://api.openai.com/v1, not 'http://a b/v1'",
+    ),
+    (
+        {},
+        {**MODEL, "base_url": 7},
+        "llm.base_url must have the form https://api.openai.com/v1, not 7",
+    ),
+    (
+        {},
+        {**MODEL, "api_type": "ollama"},
+        "llm.base_url is missing, for example http://127.0.0.1:11434/api",
+    ),
+    (
+        {},
+        {**MODEL, "api_type": "azure"},
+        "llm.base_url is missing, for example https://<resource>.openai.azure.com",
+    ),
+    ({}, AZURE, "llm.api_version is missing, for example 2024-10-21"),
+    ({}, {**MODEL, "max_token": "much"}, "llm.max_token must be a number, not 'much'"),
+    (
+        {},
+        {**MODEL, "proxy": "host:3128"},
+        "llm.proxy must have the form http://host:8080 or socks5://host:1080",
+    ),
+    (
+        {"ALL_PROXY": "socks5://host:1080"},
+        MODEL,
+        "ALL_PROXY is a SOCKS proxy, which needs: pip install socksio",
+    ),
+]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """MetaGPT's configuration from an environment and a config2.yaml; complaints without its path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".metagpt" / "config2.yaml"
+    path.parent.mkdir()
+
+    def load(environ: Mapping[str, str], text: str | None) -> dict[str, Any]:
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        try:
+            return streamer.model_config({"METAGPT_PROJECT_ROOT": str(tmp_path), **environ})
+        except streamer.SettingsError as error:
+            raise streamer.SettingsError(str(error).replace(f" in {path}", "")) from error
+
+    return load
+
+
+@pytest.mark.parametrize(("environ", "llm", "complaint"), WRONG_MODELS)
+def test_model_config_names_the_setting_that_cannot_work(
+    configure: Callable[..., dict[str, Any]], environ: dict[str, str], llm: Any, complaint: str
+) -> None:
+    """What would fail at the first request is said at the start, by the name it was given under."""
+    text = None if llm is None else yaml.safe_dump({"llm": llm})
+    with pytest.raises(streamer.SettingsError) as caught:
+        configure(environ, text)
+    assert str(caught.value) == complaint
+
+
+def test_model_config_lists_the_known_api_types(configure: Callable[..., dict[str, Any]]) -> None:
+    """An api_type that MetaGPT does not have is told the ones it has."""
+    with pytest.raises(streamer.SettingsError) as caught:
+        configure({}, yaml.safe_dump({"llm": {**MODEL, "api_type": "gpt"}}))
+    assert re.match(
+        "llm.api_type must be one of openai, anthropic, .*, not 'gpt'$", str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "llm", "expected"),
+    [
+        (
+            {"OPENAI_API_KEY": KEY},
+            None,
+            {
+                "api_type": "openai",
+                "api_key": KEY,
+                "model": "gpt-4o",
+                "base_url": "https://api.openai.com/v1",
+            },
+        ),
+        (
+            {"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_MODEL": "some-model"},
+            None,
+            {
+                "api_type": "anthropic",
+                "api_key": KEY,
+                "model": "some-model",
+                "base_url": "https://api.anthropic.com",
+            },
+        ),
+        (  # what MetaGPT wrote as an example counts as nothing
+            {"OPENAI_API_KEY": KEY, "OPENAI_MODEL": "some-model", "OPENAI_BASE_URL": "http://h/v1"},
+            {"api_key": "YOUR_API_KEY"},
+            {
+                "api_type": "openai",
+                "api_key": KEY,
+                "model": "some-model",
+                "base_url": "http://h/v1",
+            },
+        ),
+        (  # the file wins, with its vendor's own server
+            {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://h/v1"},
+            {**MODEL, "api_type": "claude"},
+            {**MODEL, "api_type": "claude", "base_url": "https://api.anthropic.com"},
+        ),
+        (  # a server of one's own needs no key
+            {"HTTPS_PROXY": "host:3128"},
+            {"model": "some-model", "base_url": "http://h/v1", "api_key": ""},
+            {"model": "some-model", "base_url": "http://h/v1"},
+        ),
+    ],
+)
+def test_model_config_is_complete(
+    configure: Callable[..., dict[str, Any]],
+    environ: dict[str, str],
+    llm: Any,
+    expected: dict[str, Any],
+) -> None:
+    """A key and a model are enough, and the server is the one of their vendor."""
+    text = None if llm is None else yaml.safe_dump({"llm": llm})
+    assert configure(environ, text)["llm"] == expected
+
+
+def test_model_config_does_not_quote_a_line_that_may_hold_a_key(
+    configure: Callable[..., dict[str, Any]],
+) -> None:
+    """A file that is no YAML is told by its line's number."""
+    with pytest.raises(streamer.SettingsError) as caught:
+        configure({}, f"llm:\n  api_key: '{KEY}\n")
+    assert str(caught.value).endswith("cannot be read: line 3: found unexpected end of stream")
+
+
 def sdk_error(vendor: str, response: httpx2.Response) -> Exception:
     """What the vendor's own client raises for an answer."""
     sdk: Any = importlib.import_module("anthropic" if vendor == "anthropic" else "openai")
@@ -1997,7 +2175,7 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
 
 FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[401]", {}, "FAILED", r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY"),
-    ("[404]", {}, "FAILED", r"has nothing at this address \(404\): check OPENAI_BASE_URL"),
+    ("[404]", {}, "FAILED", r"has no model 'gpt-4o' \(404\): check OPENAI_MODEL"),
     ("[garbage]", {}, "FAILED", r"ProductManager failed in WritePRD: .*, after 6 attempts; a stronger model"),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
@@ -4598,7 +4776,7 @@ def test_version_names_what_is_installed(tmp_path: Path) -> None:
         ("llm: [", "config2.yaml cannot be read"),
         ("llm: 7", "must hold a mapping"),
         ("llm:\n  api_key: YOUR_API_KEY", "no model is configured"),
-        ("llm:\n  api_type: gemini\n  api_key: abc", "needs a package: pip install 'google-generativeai'"),
+        ("llm:\n  api_type: gemini\n  api_key: abc\n  model: m", "needs a package: pip install 'google-generativeai'"),
     ],
 )
 def test_wrong_metagpt_configuration_exits_2(tmp_path: Path, config: str, complaint: str) -> None:
