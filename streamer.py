@@ -37,7 +37,6 @@ import errno
 import functools
 import hmac
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -4570,7 +4569,7 @@ def serve(app: Starlette, settings: Settings) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Raises SettingsError, which says why not."""
     try:
-        family = socket.getaddrinfo(host, port)[0][0]
+        family = min(each[0] for each in socket.getaddrinfo(host, port))  # IPv4, where there is one
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
         reason = str(error)
@@ -4629,14 +4628,6 @@ def flag_usage(name: str, default: Any) -> str:
     return f"{flag_of(name)}={default:g}" if type(default) is float else f"{flag_of(name)}={default}"
 
 
-def version_text() -> str:
-    try:
-        metagpt = importlib.metadata.version("metagpt")
-    except importlib.metadata.PackageNotFoundError:
-        metagpt = "(not installed)"
-    return f"streamer {__version__}, MetaGPT {metagpt}, Python {sys.version.split()[0]}"
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, whose complaints end like those about settings."""
 
@@ -4653,9 +4644,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     defaults |= {name: option.default for name, option in OPTIONS.items()}
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
-    switches = {"-h": "--help", "--help": "--help", "--version": "--version", "--json": "--json"}
-    for flag in set(switches.values()):
-        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    switches = {}
     for name, default in defaults.items():
         parser.add_argument(flag_of(name))
         if type(default) is bool:
@@ -4664,7 +4656,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     words = [switches.get(word, word) for word in argv]
     arguments, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
-        known = [*switches, *map(flag_of, defaults)]
+        known = [*map(flag_of, defaults), *switches, "--help", "--version", "--json"]
         parser.error(unknown_name(unknown[0].partition("=")[0], known))
     return arguments
 
@@ -4701,7 +4693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.help or arguments.version:
-            print(help_text() if arguments.help else version_text())
+            print(help_text() if arguments.help else f"streamer {__version__}")
             return 0
         command, *prompts = arguments.words or ["serve"]
         if command not in ("serve", "run"):
@@ -4714,9 +4706,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         check_workspace(settings.workspace)
         options = parse_option_flags(arguments)
-        if command == "serve":
-            return _serve(settings, options)
-        return _run(settings, prompts[0], options, arguments.json)
+        if command == "run":
+            return _run(settings, prompts[0], options, arguments.json)
+        if options:
+            raise SettingsError(f"{flag_of(min(options))} is for a task: use it with run, or POST it")
+        return _serve(settings)
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
@@ -4724,9 +4718,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _serve(settings: Settings, options: Mapping[str, Any]) -> int:
-    for name in options:
-        raise SettingsError(f"{flag_of(name)} is an option of a task: use it with run, or POST it")
+def _serve(settings: Settings) -> int:
     logger.setLevel(logging.INFO)
     app = create_app(settings)
     serve(app, settings)
@@ -4744,7 +4736,9 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
     logger.setLevel(logging.CRITICAL)  # the transcript tells of the run
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    transcript = _Raw() if as_json else Screen() if sys.stdout.isatty() else Transcript()
+    transcript = _Raw() if as_json else Transcript()
+    if sys.stdout.isatty() and not as_json:
+        transcript = Screen()
     code = 1
     try:
         with transcript:
