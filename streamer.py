@@ -146,6 +146,9 @@ class Settings:
     )
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
     test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
+    price: tuple[float, ...] = _setting(
+        (), "US dollars for a million prompt and completion tokens where none is known: 1.25,10"
+    )
     token: str = _setting(
         "", "what clients must show: Authorization: Bearer …", secret=True, group="Access"
     )
@@ -207,6 +210,9 @@ class Settings:
             raise SettingsError(f"{reached}, so a token is needed: {how}")
         if self.token and not re.fullmatch(r"[!-~]{8,}", self.token):
             raise SettingsError("token must be at least 8 characters, ASCII without blanks")
+        if self.price and (len(self.price) != 2 or not all(0 <= x < math.inf for x in self.price)):
+            given = ",".join(map(str, self.price))
+            raise SettingsError(f"price must be {PRICE_WORDS}, not {given}")
         for origin in self.allowed_origins:
             if (
                 parse_origin(origin) is None
@@ -265,8 +271,8 @@ class Settings:
                 try:
                     values[name] = PARSERS.get(kind, kind)(text)
                 except ValueError:
-                    noun = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-                    raise SettingsError(f"{source} must be {noun}, not {text!r}") from None
+                    words = PARSED_FROM[kind]
+                    raise SettingsError(f"{source} must be {words}, not {text!r}") from None
         return cls(**values)
 
 
@@ -295,7 +301,23 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-PARSERS: Mapping[Any, Callable[[str], Any]] = {bool: parse_bool, tuple[str, ...]: parse_names}
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated. Raises ValueError for what is no number."""
+    return tuple(map(float, parse_names(text)))
+
+
+PARSERS: Mapping[Any, Callable[[str], Any]] = {
+    bool: parse_bool,
+    tuple[str, ...]: parse_names,
+    tuple[float, ...]: parse_numbers,
+}
+PRICE_WORDS = "US dollars for a million prompt and completion tokens, as 1.25,10"
+PARSED_FROM: Mapping[Any, str] = {  # what a setting's text must be, by its type
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[float, ...]: PRICE_WORDS,
+}
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -683,6 +705,10 @@ def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e9
 
 
+def _is_tokens(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
 def _is_rounds(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 50
 
@@ -694,6 +720,7 @@ def _is_project_name(value: Any) -> bool:
 OPTIONS: Mapping[str, Option] = {
     "n_round": Option(5, "a whole number from 1 to 50", _is_rounds),
     "investment": Option(3.0, "a number of US dollars above 0", _is_amount),
+    "token_budget": Option(None, "a whole number of tokens from 1", _is_tokens),
     "code_review": Option(True, "true or false", _is_bool),
     "run_tests": Option(False, "true or false", _is_bool),
     "implement": Option(True, "true or false", _is_bool),
@@ -1807,6 +1834,7 @@ class Run:
         secrets: Sequence[str] = (),
         earlier_cost: Mapping[str, Any] = NO_COST,
     ) -> None:
+        self.price = settings.price
         self.earlier_cost = earlier_cost  # of the task's runs before this one
         self.own_cost: Mapping[str, Any] = NO_COST
         self.task_id, self.prompt, self.options = task.id, task.input_prompt, task.options
@@ -1841,8 +1869,12 @@ class Run:
         """What the task has cost up to now, its earlier runs included: the state's `cost`."""
         return add_costs(self.earlier_cost, self.own_cost)
 
-    def update(self, *, progress: float | None = None, cost: Mapping[str, Any] | None = None) -> None:
-        """Sets the state's `progress` (0 to 1; it never falls) and what this run has cost (see NO_COST).
+    def update(
+        self, *, progress: float | None = None, cost: Mapping[str, Any] | None = None
+    ) -> None:
+        """Sets the state's `progress` (0 to 1; it never falls), and what this run has cost.
+
+        `cost` is like NO_COST; what is missing is 0, a total_cost of None is an unknown price.
 
         Raises ValueError for a progress that is no finite number.
         """
@@ -2282,6 +2314,32 @@ def _refused_field(error: ValueError) -> str:
     return f"{where} in config2.yaml is not what MetaGPT takes: {details['msg']}"
 
 
+def warm_up_metagpt(settings: Settings) -> None:
+    """Loads MetaGPT before the first task needs it; warns where the model's price is unknown."""
+    engine = load_metagpt(settings.workspace)
+    config = engine.config.llm
+    if model_price(engine, config, settings.price) is None:
+        logger.warning(
+            "no price is known for model=%r: costs are unknown, and the option investment stops "
+            "nothing (token_budget does); set --price 1.25,10 (US dollars for a million prompt and "
+            "completion tokens), or llm.pricing_plan to a model whose price MetaGPT knows",
+            config.pricing_plan or config.model,
+        )
+
+
+def model_price(
+    engine: types.SimpleNamespace, config: Any, price: tuple[float, ...]
+) -> Mapping[str, float] | None:
+    """US dollars for a thousand tokens of a model, by MetaGPT or else by the setting `price`."""
+    if config.api_type.value in ("ollama", "open_llm"):  # a server of one's own, MetaGPT says: free
+        return {"prompt": 0.0, "completion": 0.0}
+    known: Mapping[str, Mapping[str, float]] = engine.CostManager().token_costs
+    plan = config.pricing_plan or config.model
+    if plan not in known and price:
+        return {"prompt": price[0] / 1000, "completion": price[1] / 1000}
+    return known.get(plan)
+
+
 def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleNamespace:
     models = [config["llm"], *(config.get("models") or {}).values()]
     configured = {model.get("api_type") for model in models if isinstance(model, Mapping)}
@@ -2621,7 +2679,10 @@ class _Team:
         config.workspace.path = run.workspace
         if config.mermaid.engine == "nodejs" and not shutil.which(config.mermaid.path):
             config.mermaid.engine = "none"  # it would complain on stderr, at every diagram
-        self.context = engine.Context(config=config, cost_manager=engine.CostManager())
+        self.price_known = True  # of every model that was used
+        self.costs = engine.CostManager()
+        self._wrap(self.costs, "update_cost", self._book)
+        self.context = engine.Context(config=config, cost_manager=self.costs)
         self._wrap(self.context, "llm_with_cost_manager_from_llm_config", self._observed_model)
         self._wrap(self.context, "new_environ", self._clean_environ)
         self.team = engine.Team(context=self.context)
@@ -2748,8 +2809,41 @@ class _Team:
             self._wrap(model.aclient.chat.completions, "create", self._with_usage)
         for name in ("_achat_completion_stream", "_achat_completion"):
             self._wrap(model, name, partial(self._request, model))
+        model.cost_manager = self.costs  # what its vendor's module has made is not the task's
+        model.config.calc_usage = True  # else its tokens count for nothing, and no budget holds
+        price = model_price(self.engine, model.config, self.run.price)
+        if price is not None:
+            self.costs.token_costs[model.config.model] = price  # some vendors' modules book by this
+            self.costs.token_costs[model.config.pricing_plan or model.config.model] = price
         self.models.append(model)
         return model
+
+    def _book(
+        self, original: Callable[..., None], prompt_tokens: int, completion_tokens: int, model: str
+    ) -> None:
+        """Counts the tokens of a request. Without a price MetaGPT would warn at every one."""
+        if model in self.costs.token_costs:
+            original(prompt_tokens, completion_tokens, model)
+            return
+        self.costs.total_prompt_tokens += prompt_tokens
+        self.costs.total_completion_tokens += completion_tokens
+        self.price_known = False
+
+    def check_budget(self) -> None:
+        """Ends the run once the task, with its earlier runs, has spent what its options allow."""
+        options, cost = self.run.options, self.run.cost
+        dollars = (self.run.earlier_cost["total_cost"] or 0) + self.costs.total_cost
+        tokens = cost["prompt_tokens"] + cost["completion_tokens"]
+        token_budget = options.get("token_budget")
+        if dollars >= options["investment"]:
+            spent = f"${dollars:.4f} of ${options['investment']:g}"
+            option = "investment"
+        elif token_budget is not None and tokens >= token_budget:
+            spent = f"{tokens} of {token_budget} tokens"
+            option = "token_budget"
+        else:
+            return
+        raise _GiveUp(f"the budget is spent: {spent}; a larger options.{option} allows more")
 
     def _with_usage(self, original: Callable[..., Awaitable[Any]], **kwargs: Any) -> Awaitable[Any]:
         return original(**kwargs, **({"stream_options": {"include_usage": True}} if kwargs.get("stream") else {}))
@@ -2796,10 +2890,7 @@ class _Team:
 
     async def _attempt(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         self.run.check_cancelled()
-        costs = self.context.cost_manager
-        if costs.total_cost >= costs.max_budget:
-            spent = f"${costs.total_cost:.4f} of ${costs.max_budget:g}"
-            raise _GiveUp(f"the budget is spent: {spent}; a larger options.investment allows more")
+        self.check_budget()
         speaker = _speaker.get() or _Speaker(self, "Team")
         call = speaker.call = _ModelCall(speaker)
         self.calls[call.id] = (speaker.role, call.action)
@@ -2819,12 +2910,16 @@ class _Team:
         if self.calls.pop(call.id, None):
             self.run.waits_for_model(*next(iter(self.calls.values()), ()))
 
-    def report_cost(self) -> dict[str, float]:
-        spent, budget = self.context.cost_manager.get_costs(), self.context.cost_manager.max_budget
-        values = (spent.total_prompt_tokens, spent.total_completion_tokens, round(spent.total_cost, 6), budget)
-        cost = dict(zip(NO_COST, values, strict=True))
+    def report_cost(self) -> Mapping[str, Any]:
+        """Shows what this run has cost; returns what the task has."""
+        cost = {
+            "prompt_tokens": self.costs.total_prompt_tokens,
+            "completion_tokens": self.costs.total_completion_tokens,
+            "total_cost": round(self.costs.total_cost, 6) if self.price_known else None,
+            "max_budget": self.run.options["investment"],
+        }
         self.run.update(cost=cost)
-        return cost
+        return self.run.cost
 
 
 class ServerError(Exception):
@@ -4357,7 +4452,7 @@ def create_app(
     warm_up = None
     if runner is run_metagpt:
         model_config(os.environ)
-        warm_up = partial(load_metagpt, settings.workspace)
+        warm_up = partial(warm_up_metagpt, settings)
     store = store or open_store(settings)
     password = urlsplit(settings.redis_url).password or ""
     given = {

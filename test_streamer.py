@@ -377,6 +377,7 @@ class ModelServer:
 
     def __init__(self) -> None:
         self.requests: dict[str, list[str]] = defaultdict(list)  # mark → prompts
+        self.bodies: dict[str, list[bytes]] = defaultdict(list)  # mark → what was sent
         self.ports: dict[int, set[str]] = defaultdict(set)  # a client's TCP port → marks that came through it
         self.usage: dict[str, Counter[str]] = defaultdict(Counter)
         self.asked = threading.Event()  # a [slow] prompt has come
@@ -387,6 +388,7 @@ class ModelServer:
         prompt = "\n".join(message["content"] for message in body["messages"])
         mark = found[1] if (found := re.search(r"\[mark=(\w+)\]", prompt)) else ""
         self.requests[mark].append(prompt)
+        self.bodies[mark].append(await request.body())
         assert request.client is not None
         self.ports[request.client.port].add(mark)
         turn = len(self.requests[mark])
@@ -603,6 +605,13 @@ def test_settings_take_an_empty_variable_as_not_set() -> None:
     assert Settings.from_environ(environ).db == "tasks.db"
 
 
+def test_settings_take_a_price() -> None:
+    """Two numbers, of prompt and completion tokens; none by default, and 0 is free."""
+    assert Settings.from_environ({"STREAMER_PRICE": "1.25, 10"}).price == (1.25, 10.0)
+    assert Settings.from_environ({}, price="0,0").price == (0.0, 0.0)
+    assert Settings.from_environ({}).price == ()
+
+
 def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -> None:
     """A variable that is no setting is a warning with the nearest name, not an error."""
     environ = {"STREAMER_PROT": "1", "STREAMER_XYZZY": "1", "STREAMER_PORT": "2", "PATH": "/"}
@@ -617,6 +626,10 @@ def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -
     ("variable", "text", "complaint"),
     [
         ("STREAMER_PORT", "http", "STREAMER_PORT must be a whole number, not 'http'"),
+        ("STREAMER_PRICE", "$5", f"STREAMER_PRICE must be {streamer.PRICE_WORDS}, not '$5'"),
+        ("STREAMER_PRICE", "1.25", f"price must be {streamer.PRICE_WORDS}, not 1.25"),
+        ("STREAMER_PRICE", "1,nan", f"price must be {streamer.PRICE_WORDS}, not 1.0,nan"),
+        ("STREAMER_PRICE", "1,-2", f"price must be {streamer.PRICE_WORDS}, not 1.0,-2.0"),
         ("STREAMER_PORT", "70000", "port must be at most 65535, not 70000"),
         ("STREAMER_PORT", "-1", "port must be a number of at least 0, not -1"),
         ("STREAMER_HEARTBEAT", "soon", "STREAMER_HEARTBEAT must be a number, not 'soon'"),
@@ -2168,7 +2181,9 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     cost = record.last_state["cost"]
     assert (cost["prompt_tokens"], cost["completion_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
     assert 0 < cost["total_cost"] < cost["max_budget"] == 3.0
-    assert (server.output, [line for line in server.errors if " INFO streamer " not in line]) == (b"", [])
+    assert server.output == b""
+    others = [line for line in server.errors if " INFO streamer " not in line]
+    assert [line for line in others if not line.startswith("streamer is at http://")] == []
 
 
 def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelServer, Process]) -> None:
@@ -2297,6 +2312,159 @@ def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelSer
     assert "'PATH'" in environ
     assert KEY not in environ
     assert "'OPENAI_API_KEY'" not in environ
+
+
+# MetaGPT without streamer, driven as its own software_company.py does it; but it installs nothing.
+ALONE = """
+import asyncio, json, os, sys
+from pathlib import Path
+import streamer
+engine = streamer._import_metagpt(Path("metagpt").absolute(), streamer.model_config(os.environ))
+engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
+roles = engine.roles
+for prompt, options in json.loads(sys.argv[1]):
+    config = engine.config.model_copy(deep=True)
+    config.update_via_cli("", options["project_name"], False, "", 0)
+    config.workspace.path = Path("workspace", options["project_name"]).absolute()
+    team = engine.Team(context=engine.Context(config=config))
+    team.hire([roles.ProductManager(), roles.Architect(), roles.ProjectManager()])
+    team.hire([roles.Engineer(n_borg=5, use_code_review=options["code_review"])])
+    if options["run_tests"]:
+        team.hire([roles.QaEngineer()])
+    team.invest(3.0)
+    team.run_project(prompt)
+    asyncio.run(team.run(n_round=options["n_round"]))
+"""
+ALIKE: list[tuple[str, dict[str, Any]]] = [
+    ("Build [mark=alike0]", {"code_review": True, "run_tests": False, "n_round": 5}),
+    ("游戏 [mark=alike1] [garbage once]", {"code_review": False, "run_tests": True, "n_round": 8}),
+]
+
+
+def test_metagpt_asks_and_writes_what_it_does_alone(
+    metagpt: tuple[Client, ModelServer, Process], tmp_path: Path
+) -> None:
+    """Its requests are byte for byte those of MetaGPT without streamer, and so are the files."""
+    client, observed, server = metagpt
+    tasks = [
+        (prompt, {**options, "project_name": f"alike{number}"})
+        for number, (prompt, options) in enumerate(ALIKE)
+    ]
+    with model_server() as (alone, url):
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
+        with process("-c", ALONE, json.dumps(tasks), cwd=tmp_path, environ=environ) as script:
+            ids = [client.create(prompt, options=options) for prompt, options in tasks]
+            with ThreadPoolExecutor(len(ids)) as pool:
+                records = list(pool.map(client.watch, ids))
+            script.popen.wait(4 * TIMEOUT)  # it loads MetaGPT once more, and runs one by one
+            assert script.wait() == 0, "".join(script.errors)
+
+    def asked(bodies: list[bytes]) -> list[bytes]:
+        """In any order, as roles run concurrently; streamer alone asks for the usage."""
+        return sorted(re.sub(rb',"stream_options":{[^}]*}', b"", body) for body in bodies)
+
+    def written(folder: Path) -> dict[str, list[bytes]]:
+        """Some names are the time; requirements.txt is a set that MetaGPT writes in any order."""
+        return {
+            re.sub(r"\d{14,}", "<time>", path): sorted((folder / path).read_bytes().splitlines())
+            for path, _, _ in streamer.list_files(folder)
+        }
+
+    folder = Path(os.readlink(f"/proc/{server.popen.pid}/cwd"), "workspace")
+    for (_, options), task_id, record in zip(tasks, ids, records, strict=True):
+        name = options["project_name"]
+        assert record.last_state["status"] == "SUCCEEDED", record.last_state
+        assert len(alone.bodies[name]) >= 6
+        assert asked(observed.bodies[name]) == asked(alone.bodies[name])
+        assert written(folder / task_id) == written(tmp_path / "workspace" / name)
+
+
+# A server; when it has stopped, the prices of some models.
+PRICED = """
+import json, sys, streamer
+settings = streamer.Settings(port=0)
+streamer.logging.basicConfig(level="INFO")
+streamer.serve(streamer.create_app(settings), settings)
+engine = streamer.load_metagpt(settings.workspace)
+for api_type, model, plan, price in json.loads(sys.argv[1]):
+    given = {"api_type": api_type, "model": model, "pricing_plan": plan, "api_key": "k"}
+    config = type(engine.config.llm)(**given)
+    print(json.dumps(streamer.model_price(engine, config, price)))
+"""
+PRICES: list[tuple[str, str, str | None, tuple[float, ...], Any]] = [
+    ("openai", "gpt-4o", None, (), {"prompt": 0.005, "completion": 0.015}),
+    ("openai", "gpt-4o", None, (1, 1), {"prompt": 0.005, "completion": 0.015}),  # its own price
+    ("openai", "gpt-5", None, (), None),
+    ("openai", "gpt-5", None, (1.25, 10), {"prompt": 0.00125, "completion": 0.01}),
+    ("openai", "gpt-5", "gpt-4o", (), {"prompt": 0.005, "completion": 0.015}),
+    ("openai", "gpt-4o", "unknown", (), None),
+    ("anthropic", "claude-sonnet-4", None, (3, 15), {"prompt": 0.003, "completion": 0.015}),
+    ("ollama", "llama3", None, (), {"prompt": 0.0, "completion": 0.0}),
+    ("open_llm", "mine", None, (1, 1), {"prompt": 0.0, "completion": 0.0}),
+]
+
+
+def test_metagpt_model_without_a_price(tmp_path: Path) -> None:
+    """The price is MetaGPT's, its plan's, a local server's, the setting's, or unknown: then the
+    cost is null, and the server's log says so once."""
+    with model_server() as (model, url):
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, "OPENAI_MODEL": "gpt-5"}
+        cases = json.dumps([case[:4] for case in PRICES])
+        with process("-c", PRICED, cases, cwd=tmp_path, environ=environ) as server:
+            client = server.client
+            options = {"implement": False, "investment": 0.001}
+            record = client.watch(client.create("[mark=priceless]", options=options))
+            metrics = client.http.get("/metrics").text
+            assert server.stop(signal.SIGINT) == 0
+        used = model.usage["priceless"]
+    assert [json.loads(line) for line in server.output.splitlines()] == [case[4] for case in PRICES]
+    cost = {
+        "prompt_tokens": used["prompt_tokens"],
+        "completion_tokens": used["completion_tokens"],
+        "total_cost": None,
+        "max_budget": 0.001,
+    }
+    assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
+    message = record.of("RESULT")[0]["payload"]["message"]
+    assert re.fullmatch(r"\d+ files, \d+ rounds, price unknown", message)
+    assert record.data("state")[0]["cost"]["total_cost"] == 0  # no model was used yet
+    assert "\nstreamer_model_cost_dollars_total 0" in metrics
+    warnings = [line for line in server.errors if line.startswith(("WARNING:", "ERROR:"))]
+    assert len(warnings) == 1
+    assert "no price is known for model='gpt-5'" in warnings[0]
+    assert "--price 1.25,10" in warnings[0]
+    assert "llm.pricing_plan" in warnings[0]
+    logged = [event["payload"] for event in record.of("LOG")]
+    assert "WARNING" not in [each["level"] for each in logged]
+    assert [each["message"] for each in logged if "cost" in each["message"]] == []
+
+
+def test_metagpt_budgets_hold_for_the_task(
+    metagpt: tuple[Client, ModelServer, Process], tmp_path: Path
+) -> None:
+    """A run that spent its budget asks nothing more, nor does the next run of the same task."""
+    client, model, _ = metagpt
+    spent = {
+        "spent0": ({"investment": 0.001}, r"\$0\.0\d+ of \$0\.001; a larger options\.investment"),
+        "spent1": ({"token_budget": 1}, r"\d+ of 1 tokens; a larger options\.token_budget allows"),
+    }
+
+    def run(mark: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        task_id = client.create(f"[mark={mark}]", options=spent[mark][0])
+        first = client.watch(task_id).last_state
+        assert client.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
+        return first, client.watch(task_id).last_state
+
+    with ThreadPoolExecutor(2) as pool:
+        for mark, states in zip(spent, pool.map(run, spent), strict=True):
+            for state in states:
+                assert state["status"] == "FAILED"
+                assert re.search(f"the budget is spent: {spent[mark][1]}", state["error_message"])
+            used = model.usage[mark]
+            for state in states:
+                assert state["cost"]["prompt_tokens"] == used["prompt_tokens"]
+                assert state["cost"]["completion_tokens"] == used["completion_tokens"]
+            assert len(model.requests[mark]) == 1
 
 
 def test_metagpt_server_that_is_down_is_said_at_once(tmp_path: Path) -> None:
@@ -3247,6 +3415,13 @@ BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": 51}}', 400, "options.n_round must be a whole"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": true}}', 400, "not the boolean true"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"investment": 0}}', 400, "options.investment must be"),
+    (
+        "/api/tasks",
+        JSON,
+        b'{"input_prompt": "x", "options": {"token_budget": 1.5}}',
+        400,
+        "options.token_budget must be a whole number of tokens from 1, not the number 1.5",
+    ),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"implement": 1}}', 400, "options.implement must be"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"project_name": "../x"}}', 400, "options.project_name"),
     ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"timeout": 1e99}}', 400, "options.timeout must be"),
