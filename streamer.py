@@ -147,7 +147,9 @@ class Settings:
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
     test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
     price: tuple[float, ...] = _setting(
-        (), "US dollars for a million prompt and completion tokens where none is known: 1.25,10"
+        (),
+        "$ for a million prompt and completion tokens, if unknown: 1.25,10",
+        group="Models",
     )
     token: str = _setting(
         "", "what clients must show: Authorization: Bearer …", secret=True, group="Access"
@@ -4782,9 +4784,6 @@ def check_workspace(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code, which HELP explains."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.help or arguments.version:
@@ -4814,6 +4813,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.setLevel(logging.INFO)
     app = create_app(settings)
     serve(app, settings)
@@ -4828,7 +4828,6 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
             prompt = stdin.read(settings.max_prompt + 1).strip()
     prompt = parse_text({"prompt": prompt}, "prompt", settings.max_prompt)
     supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
-    logger.setLevel(logging.CRITICAL)  # the transcript tells of the run
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     transcript = _Raw() if as_json else Transcript()
@@ -4972,6 +4971,8 @@ class Screen(Transcript):
 
     def state(self, data: Mapping[str, Any]) -> None:
         doing = self._action if data["current_agent"] else data["status"]
+        if data["status"] == TaskStatus.PENDING and data["last_message"]:
+            doing = data["last_message"]
         price = price_text(data["cost"]["total_cost"], data["cost"]["max_budget"])
         about = f"{printable(doing)} {price}"
         self._display.update(self._bar, completed=data["progress"], description=about)

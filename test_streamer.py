@@ -4739,12 +4739,13 @@ streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG")
 
 def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
     """`streamer.py run` prints agents, tokens, progress and files, and exits 0."""
-    with process("-c", QUICK, "run", "Build a todo app", "--test-mode", cwd=tmp_path) as command:
+    arguments = ["-c", QUICK, "run", "Build a todo app", "--test-mode"]
+    with process(*arguments, cwd=tmp_path, environ={"STREAMER_PROT": "1"}) as command:
         assert command.wait() == 0
         text = command.output.decode()
         for part in ("[ProductManager] AGENT_START", "# Requirements", "-- RUNNING 25%", "TASK_COMPLETE", "files: "):
             assert part in text
-        assert command.errors == []
+        assert command.errors == ["STREAMER_PROT is unknown (did you mean STREAMER_PORT?)\n"]
 
 
 def on_terminal(folder: Path, *command: str) -> tuple[int, str]:
@@ -4969,7 +4970,7 @@ def test_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
     }
     for name in streamer.OPTIONS:
         assert f"-{name.replace('_', '-')}" in others
-    assert re.findall(r"^(\w+) +--", settings, re.MULTILINE)[:3] == ["Serving", "Access", "Limits"]
+    assert re.findall(r"^(\w+) +--", settings, re.MULTILINE)[:3] == ["Serving", "Models", "Access"]
     assert "examples:" in others
 
 
