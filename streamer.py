@@ -32,6 +32,7 @@ import asyncio
 import codecs
 import contextlib
 import copy
+import ctypes
 import difflib
 import errno
 import functools
@@ -2108,7 +2109,8 @@ def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     source = None
     root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
-    for path in (root / "config" / "config2.yaml", Path.home() / ".metagpt" / "config2.yaml"):
+    home = Path(os.path.expanduser("~"))  # which stays `~` where neither HOME nor passwd says it
+    for path in (root / "config" / "config2.yaml", home / ".metagpt" / "config2.yaml"):
         loaded = _read_config(path)
         config.update(loaded)
         source = path if "llm" in loaded else source
@@ -2227,28 +2229,68 @@ def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None
             raise SettingsError(f"{name} is a SOCKS proxy, which needs: pip install socksio")
 
 
+def check_git(environ: Mapping[str, str]) -> None:
+    """Raises SettingsError where there is no git, in which MetaGPT keeps every project."""
+    program = environ.get("GIT_PYTHON_GIT_EXECUTABLE") or "git"
+    if shutil.which(program, path=environ.get("PATH")) is None:
+        how = "apt-get install git, or brew install git"
+        raise SettingsError(
+            f"{program} is not on PATH, and MetaGPT needs it. Install it ({how}), or see a scripted "
+            "team with --test-mode"
+        )
+
+
 def _installed(module: str) -> bool:
     with contextlib.suppress(ModuleNotFoundError):  # a parent package is missing
         return importlib.util.find_spec(module) is not None
     return False
 
 
+SECRET_NAME = re.compile(r"key|token|secret|passw(or)?d|pwd|credential", re.IGNORECASE)
+URL_PASSWORD = re.compile(r"://[^\s/?#:]*:([^\s/?#]+)@")
+# Of such words are the keys made that stand where a server asks for none, and passwords that all
+# know. To redact them would hide words of the prompt.
+PLACEHOLDER_WORDS = frozenset(
+    {
+        *("api", "key", "your", "my", "sk", "no", "none", "not", "needed", "required", "unused"),
+        *("empty", "dummy", "fake", "test", "local", "localhost", "placeholder", "anything"),
+        *("lm", "studio", "lmstudio", "ollama", "llama", "cpp", "vllm"),
+        *("password", "changeme", "example", "postgres"),
+    }
+)
+
+
 def known_secrets(environ: Mapping[str, str]) -> list[str]:
-    """What no event or log may hold, raw and as JSON escapes it: what environment and configuration call a key."""
+    """What no event or log may hold, as it is and as JSON escapes it.
+
+    That is what environment and configuration call a key, and the passwords in their URLs.
+    """
     found: set[str] = set()
-    named = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
 
-    def search(values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                search(value)
-            elif named.search(str(name)) and len(str(value)) >= 8:
-                found.update((str(value), encode(str(value))[1:-1]))
+    def search(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                search(str(key), item)
+        elif isinstance(value, list):
+            for item in value:
+                search(name, item)
+        else:
+            text = str(value)
+            passwords = URL_PASSWORD.findall(text)
+            found.update(f":{password}@" for password in passwords)  # however short
+            named = SECRET_NAME.search(name) and name not in ("PWD", "OLDPWD")
+            texts = [*passwords, *map(unquote, passwords), *([text] if named else [])]
+            found.update(filter(_is_secret, texts))
 
-    search(environ)
+    search("", environ)
     with contextlib.suppress(SettingsError):
-        search(model_config(environ))
-    return sorted(found, key=len, reverse=True)
+        search("", model_config(environ))
+    return sorted(found | {encode(text)[1:-1] for text in found}, key=len, reverse=True)
+
+
+def _is_secret(text: str) -> bool:
+    """Whether `text` is long enough, and more than PLACEHOLDER_WORDS."""
+    return len(text) >= 8 and not PLACEHOLDER_WORDS.issuperset(re.split(r"[-_. ]", text.casefold()))
 
 
 # What another program needs of the environment, secrets being anything else.
@@ -2351,6 +2393,8 @@ def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleName
             setattr(placeholder, class_name, type(class_name, (), {}))
             sys.modules.setdefault(placeholder.__name__, placeholder)
     sys.modules.setdefault("metagpt.tools.libs", types.ModuleType("metagpt.tools.libs"))
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(folder)  # MetaGPT asks for one when it is imported
     loguru = importlib.import_module("loguru").logger
     root = os.environ.get("METAGPT_PROJECT_ROOT")
     os.environ["METAGPT_PROJECT_ROOT"] = str(folder)
@@ -2852,6 +2896,7 @@ class _Team:
 
     def _clean_environ(self, original: Callable[[], dict[str, str]]) -> dict[str, str]:
         """The environment of a program that the team runs: without this process's secrets."""
+        _hide_memory()
         environ = program_environ(original())
         return {name: value for name, value in environ.items() if self.run.redact(value) == value}
 
@@ -3168,6 +3213,16 @@ def setting_name(config: Any, field: str) -> str:
     if vendor in ("openai", "anthropic"):
         return f"{vendor.upper()}_{field.upper()} or llm.{field}"
     return f"llm.{field}"
+
+
+def _hide_memory() -> None:
+    """Closes this process's memory and environment to other programs of its user, where Linux can.
+
+    Whoever may trace every process, as root may, still reads them.
+    """
+    if sys.platform == "linux":
+        set_dumpable = 4  # PR_SET_DUMPABLE of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
 
 
 def _is_git_name(part: str) -> bool:
@@ -4453,15 +4508,11 @@ def create_app(
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
     warm_up = None
     if runner is run_metagpt:
+        check_git(os.environ)
         model_config(os.environ)
         warm_up = partial(warm_up_metagpt, settings)
     store = store or open_store(settings)
-    password = urlsplit(settings.redis_url).password or ""
-    given = {
-        "redis_password": password,
-        "redis_raw_password": unquote(password),
-        "streamer_token": settings.token,
-    }
+    given = {"redis_url": settings.redis_url, "streamer_token": settings.token}
     secrets = known_secrets({**os.environ, **given})
     supervisor = Supervisor(settings, store, runner, warm_up, secrets)
 

@@ -12,6 +12,7 @@ gates (threading.Event), closing streams and one TIMEOUT decide.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import configparser
 import contextlib
@@ -492,7 +493,7 @@ def metagpt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, 
     folder = tmp_path_factory.mktemp("metagpt")
     git = tmp_path_factory.mktemp("git")
     with model_server() as (model, url):
-        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, **hostile_git(git)}
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, **hostile_git(git), **SECRETS}
         command = ["--port", "0", "--max-running", "12", "--allow-run-tests"]
         with process(SERVER, *command, cwd=folder, environ=environ) as server:
             yield server.client, model, server
@@ -2308,10 +2309,51 @@ def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelSer
     client.watch(task_id, "types=RESULT")
     paths = [file["path"] for file in client.get(f"/api/tasks/{task_id}/artifacts")]
     (written,) = [path for path in paths if path.endswith("environ.txt")]
-    environ = client.http.get(f"/api/tasks/{task_id}/artifacts/{written}").text
-    assert "'PATH'" in environ
-    assert KEY not in environ
-    assert "'OPENAI_API_KEY'" not in environ
+    text = client.http.get(f"/api/tasks/{task_id}/artifacts/{written}").text
+    environ = ast.literal_eval(text)
+    assert {"PATH", "HOME", "PYTHONPATH"} <= set(environ)
+    assert not {"PYTHONWARNINGS", "OPENAI_BASE_URL", "GIT_DIR", *SECRETS} & set(environ)
+    assert [secret for secret in (KEY, *SECRETS.values()) if secret in text] == []
+
+
+def test_memory_is_hidden_from_other_programs(tmp_path: Path) -> None:
+    """Linux lets no program of the same user read what is not dumpable, /proc/…/environ and mem included."""
+    code = "import ctypes, streamer; streamer._hide_memory(); raise SystemExit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    with process("-c", code, cwd=tmp_path) as script:
+        assert script.wait() == 0, "".join(script.errors)
+
+
+def test_git_reads_no_configuration_and_knows_its_author(tmp_path: Path) -> None:
+    """Without HOME, and with a hostile configuration and another repository in the environment."""
+    given = {"PATH": os.environ["PATH"], **hostile_git(tmp_path)}
+    environ = streamer.git_environ(given)
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=project, env=environ, check=True, stdout=subprocess.PIPE)
+        return done.stdout.decode()
+
+    project = tmp_path / "project"
+    project.mkdir()
+    git("init", "--quiet")
+    (project / "data.json").write_text("{}")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    assert git("log", "--format=%an %ae %cn %ce", "--name-only").split() == [
+        *("streamer", "streamer@localhost", "streamer", "streamer@localhost"),
+        "data.json",
+    ]
+    scopes = {line.split("\t")[0] for line in git("config", "--list", "--show-scope").splitlines()}
+    assert scopes == {"command", "local"}
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_git_that_is_missing_is_said_at_the_start(tmp_path: Path) -> None:
+    """Before anything is served, with what to install; exit code 2."""
+    environ = {"OPENAI_API_KEY": KEY, "PATH": str(tmp_path)}
+    with process(SERVER, "--port", "0", cwd=tmp_path, environ=environ) as server:
+        assert server.wait() == 2
+    assert "git is not on PATH, and MetaGPT needs it. Install it" in "".join(server.errors)
 
 
 # MetaGPT without streamer, driven as its own software_company.py does it; but it installs nothing.
@@ -2795,6 +2837,41 @@ def test_secrets_of_any_shape_are_found_in_any_place(secret: str) -> None:
     for limit in (65536, 300):
         text = streamer.encode_payload(payload, limit, secrets)
         assert [leaf for leaf in leaves(json.loads(text)) if secret in leaf or f"x{secret[:5]}" in leaf] == []
+
+
+# By name, beside those that streamer itself knows; each is 8 characters or more.
+SECRETS = {
+    "OPENAI_API_KEY_2": "second-openai-1",
+    "PGPASSWORD": "pg-secret-1",
+    "MYSQL_PWD": "my-secret-1",
+    "AWS_ACCESS_KEY_ID": "AKIA-SECRET-1",
+    "GOOGLE_CREDENTIALS": "google-secret-1",
+    "ADMIN_PASSWD": "admin-secret-1",
+    "DATABASE_URL": "postgres://app:db-secret-1@db/app",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_are_known_by_any_part_of_a_name(name: str) -> None:
+    """As a first, a second and a last part, and glued to others."""
+    assert streamer.redact(f"it is {SECRETS[name]}!", streamer.known_secrets({name: SECRETS[name]})) != (
+        f"it is {SECRETS[name]}!"
+    )
+
+
+def test_secrets_in_urls_are_the_passwords() -> None:
+    """Raw and decoded; a short one only where it stands in its URL."""
+    secrets = streamer.known_secrets({"A": "redis://:p%40ssw%3Ard@a/0", "B": "http://me:ab@proxy:3128, http://c"})
+    assert set(secrets) == {"p%40ssw%3Ard", "p@ssw:rd", ":p%40ssw%3Ard@", ":ab@"}
+    assert streamer.redact("http://me:ab@proxy: abc p@ssw:rd", secrets) == "http://me***proxy: abc ***"
+
+
+@pytest.mark.parametrize(
+    "key", ["lm-studio", "not-needed", "ollama", "none", "EMPTY", "dummy", "sk-no-key-required", "YOUR_API_KEY"]
+)
+def test_secrets_are_not_the_words_that_stand_for_no_key(key: str) -> None:
+    """They are words of prompts; and so is the folder that PWD names no password."""
+    assert streamer.known_secrets({"OPENAI_API_KEY": key, "PWD": "/home/me/folder", "OLDPWD": "/home/me/other"}) == []
 
 
 class Odd(dict[str, Any]):
