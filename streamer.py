@@ -5059,63 +5059,114 @@ PAGE_POLICY = (
 
 # One document, no framework, nothing from elsewhere. All text goes in as text, never as HTML.
 PAGE = r"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>streamer</title><link rel="icon" href="data:,"><style nonce="NONCE">
-:root { color-scheme: light dark; --bg: #fff; --box: #f4f5f7; --fg: #1b1f24; --dim: #5d6673; --line: #d5d9df;
-  --link: #0a58c2; --good: #1a7f37; --bad: #b42318; --tone: 36%; font: 15px/1.45 system-ui, sans-serif; }
+:root {
+  color-scheme: light dark;
+  --bg: #fff;
+  --box: #f4f5f7;
+  --fg: #1b1f24;
+  --dim: #5d6673;
+  --line: #d5d9df;
+  --link: #0a58c2;
+  --good: #1a7f37;
+  --bad: #b42318;
+  --tone: 36%;
+  font: 15px/1.45 system-ui, sans-serif;
+}
 @media (prefers-color-scheme: dark) {
-  :root { --bg: #14171b; --box: #1e2329; --fg: #e4e7eb; --dim: #9aa4b0; --line: #363d46; --link: #7ab7ff; --good:
-    #4ac26b; --bad: #ff8a7d; --tone: 68%; }
+  :root {
+    --bg: #14171b;
+    --box: #1e2329;
+    --fg: #e4e7eb;
+    --dim: #9aa4b0;
+    --line: #363d46;
+    --link: #7ab7ff;
+    --good: #4ac26b;
+    --bad: #ff8a7d;
+    --tone: 68%;
+  }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--fg); }
-header { display: flex; gap: .8em; align-items: baseline; flex-wrap: wrap; padding: .5em 1em; border-bottom: 1px
-  solid var(--line); }
+header {
+  display: flex; gap: .8em; align-items: baseline; flex-wrap: wrap;
+  padding: .5em 1em; border-bottom: 1px solid var(--line);
+}
 h1 { font-size: 1.1em; margin: 0; }
 h2 { font-size: 1em; margin: 1em 0 .4em; overflow-wrap: anywhere; }
-#mode:not(:empty) { background: #ffd33d; color: #1b1f24; padding: 0 .5em; border-radius: .3em; font-weight: 600; }
+#mode:not(:empty) {
+  background: #ffd33d; color: #1b1f24; font-weight: 600;
+  padding: 0 .5em; border-radius: .3em;
+}
 #app { display: grid; grid-template-columns: 19em minmax(0, 1fr); }
 nav { padding: 1em; border-right: 1px solid var(--line); }
 main { padding: 0 1em 4em; }
 ul, ol { list-style: none; margin: 0; padding: 0; }
 p { margin: .4em 0; }
-textarea, input[type=number], input[type=text] { width: 100%; font: inherit; color: inherit; background: var(--bg);
-  border: 1px solid var(--dim); border-radius: .3em; padding: .3em; }
+textarea, input[type=number], input[type=text] {
+  width: 100%; font: inherit; color: inherit; background: var(--bg);
+  border: 1px solid var(--dim); border-radius: .3em; padding: .3em;
+}
 textarea { min-height: 5em; resize: vertical; }
-button { font: inherit; color: var(--link); background: var(--box); border: 1px solid var(--line); border-radius:
-  .3em; padding: .2em .8em; cursor: pointer; }
-button.plain { border: 0; background: none; padding: 0; text-align: left; overflow-wrap: anywhere; }
+button {
+  font: inherit; color: var(--link); background: var(--box); cursor: pointer;
+  border: 1px solid var(--line); border-radius: .3em; padding: .2em .8em;
+}
+button.plain {
+  border: 0; background: none; padding: 0; text-align: left; overflow-wrap: anywhere;
+}
 a { color: var(--link); }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 1px; }
 label { display: block; margin: .3em 0; }
 label:has([type=checkbox]) { display: flex; gap: .4em; }
 form button { margin-top: .5em; }
-#tasks a { display: block; padding: .3em .4em; border-radius: .3em; text-decoration: none; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
+#tasks a {
+  display: block; padding: .3em .4em; border-radius: .3em; text-decoration: none;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
 #tasks a[aria-current] { background: var(--box); font-weight: 600; }
 #tasks small { display: block; }
 small, time, .LOG, .dim { color: var(--dim); font-weight: normal; }
 .bad, .ERROR, .TASK_ERROR, .FAILED { color: var(--bad); }
 .TASK_COMPLETE, .SUCCEEDED { color: var(--good); }
 .note { color: var(--dim); font-style: italic; }
-#head { position: sticky; top: 0; background: var(--bg); padding: .5em 0; border-bottom: 1px solid var(--line);
-  z-index: 1; }
+#head {
+  position: sticky; top: 0; z-index: 1;
+  background: var(--bg); padding: .5em 0; border-bottom: 1px solid var(--line);
+}
 #head h2 { margin-top: 0; }
 progress { width: 100%; accent-color: var(--good); }
 .row { display: flex; gap: .6em; flex-wrap: wrap; align-items: center; }
-.lane { display: grid; grid-template-columns: 9em minmax(0, 1fr) 12em; gap: .6em; align-items: center; margin: .2em
-  0; }
+.lane {
+  display: grid; grid-template-columns: 9em minmax(0, 1fr) 12em; gap: .6em;
+  align-items: center; margin: .2em 0;
+}
 .role { color: hsl(var(--hue) 65% var(--tone)); font-weight: 600; }
-.track { position: relative; overflow: hidden; height: .9em; background: var(--box); border-radius: .3em; }
-.track i { position: absolute; top: 0; bottom: 0; min-width: 3px; border-radius: .3em; background: hsl(var(--hue)
-  65% 50%); }
-#feed > li { padding: .25em 0 .25em .6em; border-left: 3px solid hsl(var(--hue, 0) var(--sat, 0%) 55%);
-  overflow-wrap: anywhere; content-visibility: auto; contain-intrinsic-size: auto 1.8em; }
-pre { margin: .3em 0; padding: .5em; background: var(--box); border-radius: .3em; white-space: pre-wrap; overflow:
-  auto; max-height: 22em; font: 13px/1.4 ui-monospace, monospace; }
+.track {
+  position: relative; overflow: hidden; height: .9em;
+  background: var(--box); border-radius: .3em;
+}
+.track i {
+  position: absolute; top: 0; bottom: 0; min-width: 3px;
+  border-radius: .3em; background: hsl(var(--hue) 65% 50%);
+}
+#feed > li {
+  padding: .25em 0 .25em .6em;
+  border-left: 3px solid hsl(var(--hue, 0) var(--sat, 0%) 55%);
+  overflow-wrap: anywhere; content-visibility: auto; contain-intrinsic-size: auto 1.8em;
+}
+pre {
+  margin: .3em 0; padding: .5em; background: var(--box); border-radius: .3em;
+  white-space: pre-wrap; overflow: auto; max-height: 22em;
+  font: 13px/1.4 ui-monospace, monospace;
+}
 summary { cursor: pointer; }
-dialog { width: min(60em, 94vw); max-height: 90vh; color: inherit; background: var(--bg); border: 1px solid
-  var(--line); border-radius: .5em; }
+dialog {
+  width: min(60em, 94vw); max-height: 90vh; color: inherit; background: var(--bg);
+  border: 1px solid var(--line); border-radius: .5em;
+}
 dialog pre { max-height: 70vh; }
 [hidden] { display: none !important; }
 @media (max-width: 48em) {
@@ -5127,25 +5178,35 @@ dialog pre { max-height: 70vh; }
   #head { position: static; }
 }
 </style></head><body>
-<header><h1>streamer</h1><span id="mode"></span><span id="link" role="status"></span></header>
+<header>
+<h1>streamer</h1><span id="mode"></span><span id="link" role="status"></span>
+</header>
 <div id="app"><nav aria-label="Tasks">
 <form id="form"><label for="prompt">What shall the team build?</label>
 <textarea id="prompt" required dir="auto"></textarea>
 <details><summary>Options</summary>
-<label>Rounds (n_round) <input type="number" name="n_round" min="1" max="50" value="5"></label>
-<label>Budget in US dollars (investment) <input type="number" name="investment" min="0.01" step="any" value="3"></label>
-<label>Project name <input type="text" name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
-<label>Seconds it may take (timeout) <input type="number" name="timeout" min="1" step="any"></label>
+<label>Rounds (n_round)
+<input type="number" name="n_round" min="1" max="50" value="5"></label>
+<label>Budget in US dollars (investment)
+<input type="number" name="investment" min="0.01" step="any" value="3"></label>
+<label>Project name
+<input type="text" name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
+<label>Seconds it may take (timeout)
+<input type="number" name="timeout" min="1" step="any"></label>
 <label><input type="checkbox" name="implement" checked> write the code (implement)</label>
 <label><input type="checkbox" name="code_review" checked> review it (code_review)</label>
-<label><input type="checkbox" name="run_tests"> test it: runs what the model wrote (run_tests)</label></details>
+<label><input type="checkbox" name="run_tests">
+test it: runs what the model wrote (run_tests)</label></details>
 <button>Start</button><p id="problem" class="bad" role="alert"></p></form>
 <h2>Tasks</h2><ul id="tasks"></ul><button id="more" hidden>Older tasks</button></nav>
 <main><p id="hint" class="dim">Choose a task, or start one.</p><div id="task" hidden>
 <div id="head"><h2 id="title" dir="auto"></h2>
 <div class="row"><strong id="status" role="status"></strong><span id="cost"></span>
-<button id="run">Run</button><button id="cancel">Cancel</button><button id="delete">Delete</button></div>
-<progress id="progress" max="1" aria-label="Progress"></progress><div id="now" class="dim" dir="auto"></div>
+<button id="run">Run</button>
+<button id="cancel">Cancel</button>
+<button id="delete">Delete</button></div>
+<progress id="progress" max="1" aria-label="Progress"></progress>
+<div id="now" class="dim" dir="auto"></div>
 <div id="failure" class="bad" role="alert"></div></div>
 <details><summary>Prompt</summary><pre id="text" dir="auto"></pre></details>
 <h2>Agents</h2><div id="lanes"></div>
@@ -5156,11 +5217,18 @@ dialog pre { max-height: 70vh; }
 <pre id="content" dir="auto" tabindex="0"></pre></dialog>
 <script nonce="NONCE">
 "use strict";
-const $ = id => document.getElementById(id), query = new URLSearchParams(location.search), token = query.get("token");
-const base = new URL(".", location.href), ENDED = ["SUCCEEDED", "FAILED", "CANCELLED"];
-if (token) history.replaceState(null, "", location.pathname + location.hash);  // it is kept in memory only
+const $ = id => document.getElementById(id);
+const token = new URLSearchParams(location.search).get("token");
+const base = new URL(".", location.href);
+const ENDED = ["SUCCEEDED", "FAILED", "CANCELLED"];
+if (token) {  // it is kept in memory only
+  history.replaceState(null, "", location.pathname + location.hash);
+}
 const roles = [];
-let view = null, size = 20, listed = "", skew = 0;
+let view = null;
+let size = 20;
+let listed = "";
+let skew = 0;
 
 function el(tag, set = {}, ...inside) {
   const e = Object.assign(document.createElement(tag), set);
@@ -5168,16 +5236,20 @@ function el(tag, set = {}, ...inside) {
   return e;
 }
 async function api(where, set = {}) {
-  const headers = {...(token && {Authorization: "Bearer " + token}),
-                   ...(set.body && {"Content-Type": "application/json"})};
+  const headers = {};
+  if (token) headers.Authorization = "Bearer " + token;
+  if (set.body) headers["Content-Type"] = "application/json";
   const away = () => { throw new Error("the server cannot be reached"); };
   const answer = await fetch(new URL(where, base), {...set, headers}).catch(away);
   skew = Date.now() - (Date.parse(answer.headers.get("Date")) || Date.now());
   if (answer.ok) return answer;
   const error = (await answer.json().catch(() => ({}))).error;
-  throw Object.assign(new Error(error?.message || "HTTP " + answer.status), {status: answer.status});
+  const message = error?.message || "HTTP " + answer.status;
+  throw Object.assign(new Error(message), {status: answer.status});
 }
-const json = async (where, set) => (await api(where, set)).json();
+async function json(where, set) {
+  return (await api(where, set)).json();
+}
 function tint(e, role) {  // one colour an agent
   if (!role) return e;
   if (!roles.includes(role)) roles.push(role);
@@ -5185,35 +5257,55 @@ function tint(e, role) {  // one colour an agent
   e.style.setProperty("--sat", "65%");
   return e;
 }
-const seconds = ms => (ms < 60000 ? "" : Math.floor(ms / 60000) + " min ") + Math.floor(ms / 1000) % 60 + " s";
-const bytes = n => n < 1024 ? n + " B" : n < 1048576 ? (n / 1024).toFixed(1) + " KB" : (n / 1048576).toFixed(1) + " MB";
+function seconds(ms) {
+  const minutes = ms < 60000 ? "" : Math.floor(ms / 60000) + " min ";
+  return minutes + Math.floor(ms / 1000) % 60 + " s";
+}
+function bytes(n) {
+  if (n < 1024) return n + " B";
+  if (n < 1048576) return (n / 1024).toFixed(1) + " KB";
+  return (n / 1048576).toFixed(1) + " MB";
+}
 
 async function list() {
   try {
-    const found = await json("api/tasks?page_size=" + size), text = JSON.stringify([found, view?.id]);
+    const found = await json("api/tasks?page_size=" + size);
+    const text = JSON.stringify([found, view?.id]);
     if (!view || view.over) $("link").textContent = "";
     if (text === listed) return;
     listed = text;
     const focused = document.activeElement?.getAttribute?.("href");
-    $("tasks").replaceChildren(...found.items.map(task => {
-      const a = el("a", {href: "#" + task.id, dir: "auto", title: task.title}, task.title,
-        el("small", {className: task.status}, task.status + (task.mode === "test" ? " (test)" : "")));
-      if (task.id === view?.id) a.setAttribute("aria-current", "page");
-      return el("li", {}, a);
-    }));
-    if (focused) [...$("tasks").querySelectorAll("a")].find(a => a.getAttribute("href") === focused)?.focus();
+    $("tasks").replaceChildren(...found.items.map(item));
+    if (focused) {
+      const links = [...$("tasks").querySelectorAll("a")];
+      links.find(a => a.getAttribute("href") === focused)?.focus();
+    }
     $("more").hidden = found.total <= size || size >= 100;
-  } catch (error) { $("link").textContent = error.message; }
+  } catch (error) {
+    $("link").textContent = error.message;
+  }
+}
+function item(task) {
+  const status = task.status + (task.mode === "test" ? " (test)" : "");
+  const set = {href: "#" + task.id, dir: "auto", title: task.title};
+  const a = el("a", set, task.title, el("small", {className: task.status}, status));
+  if (task.id === view?.id) a.setAttribute("aria-current", "page");
+  return el("li", {}, a);
 }
 
+const FIELDS = [
+  "title", "text", "lanes", "files", "feed", "failure", "now", "cost", "status", "link",
+];
 function open(id) {
   view?.socket?.close();
-  $("hint").hidden = !!id; $("task").hidden = !id;
-  const fresh = {id, last: 0, tries: 0, queue: [], calls: new Map(), lanes: new Map(), state: {},
-                 began: 0, ended: 0, latest: 0};
+  $("hint").hidden = !!id;
+  $("task").hidden = !id;
+  const fresh = {
+    id, last: 0, tries: 0, queue: [], calls: new Map(), lanes: new Map(), state: {},
+    began: 0, ended: 0, latest: 0,
+  };
   view = id ? fresh : null;
-  for (const name of ["title", "text", "lanes", "files", "feed", "failure", "now", "cost", "status", "link"])
-    $(name).replaceChildren();
+  for (const name of FIELDS) $(name).replaceChildren();
   for (const name of ["zip", "run", "cancel", "delete"]) $(name).hidden = true;
   list();
   if (id) load(fresh);
@@ -5222,9 +5314,11 @@ async function load(mine) {
   try {
     const task = await json(path(mine.id));
     if (mine !== view) return;
-    $("title").textContent = task.title; $("text").textContent = task.input_prompt;
+    $("title").textContent = task.title;
+    $("text").textContent = task.input_prompt;
     document.title = task.title + " - streamer";
-    connect(mine); files();
+    connect(mine);
+    files();
   } catch (error) {
     if (mine !== view) return;
     if ([400, 401, 404].includes(error.status)) return gone(error.message);
@@ -5232,7 +5326,9 @@ async function load(mine) {
     setTimeout(load, 2000, mine);
   }
 }
-const path = (id, rest = "") => `api/tasks/${encodeURIComponent(id)}${rest}`;
+function path(id, rest = "") {
+  return `api/tasks/${encodeURIComponent(id)}${rest}`;
+}
 function gone(message) {
   if (view) view.over = true;
   $("failure").textContent = message;
@@ -5244,116 +5340,181 @@ function connect(mine) {
   if (mine !== view) return;
   clearTimeout(mine.timer);
   mine.socket?.close();
-  const url = new URL(`ws/tasks/${encodeURIComponent(mine.id)}?start=false&after=${mine.last}`, base);
+  const where = `ws/tasks/${encodeURIComponent(mine.id)}?start=false&after=${mine.last}`;
+  const url = new URL(where, base);
   url.protocol = url.protocol.replace("http", "ws");
   if (token) url.searchParams.set("token", token);
-  const socket = mine.socket = new WebSocket(url);
-  socket.onmessage = ({data}) => { if (mine.queue.push(JSON.parse(data)) === 1) setTimeout(flush, 30, mine); };
+  const socket = new WebSocket(url);
+  mine.socket = socket;
+  socket.onmessage = ({data}) => {
+    if (mine.queue.push(JSON.parse(data)) === 1) setTimeout(flush, 30, mine);
+  };
   socket.onclose = ({code}) => {
     flush(mine);
     if (mine !== view || socket !== mine.socket) return;
-    if (code === 1000) { $("link").textContent = "ended"; files(); list(); }
-    else if ([1008, 4404].includes(code)) gone(mine.error || "refused");
-    else {
+    if (code === 1000) {
+      $("link").textContent = "ended";
+      files();
+      list();
+    } else if ([1008, 4404].includes(code)) {
+      gone(mine.error || "refused");
+    } else {
       mine.lost = true;
-      $("link").textContent = "connection lost, reconnecting after event " + mine.last + " …";
+      $("link").textContent = `connection lost, reconnecting after event ${mine.last} …`;
       mine.timer = setTimeout(connect, Math.min(5000, 250 * 2 ** mine.tries++), mine);
     }
   };
 }
 function flush(mine) {
-  const messages = mine.queue, page = document.documentElement;
+  const messages = mine.queue;
   mine.queue = [];
   if (mine !== view || !messages.length) return;
-  const follow = page.scrollHeight - page.scrollTop - innerHeight < 120 && page.scrollTop > 0;
+  const page = document.documentElement;
+  const below = page.scrollHeight - page.scrollTop - innerHeight;
+  const follow = below < 120 && page.scrollTop > 0;
   const added = document.createDocumentFragment();
   for (const {type, data} of messages) {
-    if (type === "event" && data.event_id > mine.last) { mine.last = data.event_id; add(mine, data, added); }
-    else if (type === "connected") greet(mine, data, added);
-    else if (type === "state") mine.state = data;
-    else if (type === "error") { mine.error = data.message; added.append(el("li", {className: "bad"}, data.message)); }
+    if (type === "event" && data.event_id > mine.last) {
+      mine.last = data.event_id;
+      add(mine, data, added);
+    } else if (type === "connected") {
+      greet(mine, data, added);
+    } else if (type === "state") {
+      mine.state = data;
+    } else if (type === "error") {
+      mine.error = data.message;
+      added.append(el("li", {className: "bad"}, data.message));
+    }
   }
   $("feed").append(added);
-  state(mine); lanes(mine);
+  state(mine);
+  lanes(mine);
   if (files.due) files();
   if (follow) scrollTo(0, page.scrollHeight);
 }
 function greet(mine, data, added) {
   const note = text => added.append(el("li", {className: "note"}, text));
   const first = data.first_event_id;
-  if (!data.recovered || (mine.last === 0 && first > 1)) note(`events before ${first} are not kept any more`);
+  if (!data.recovered || (mine.last === 0 && first > 1)) {
+    note(`events before ${first} are not kept any more`);
+  }
   if (mine.lost) note(`reconnected, resumed after event ${mine.last}`);
   if (!data.recovered) {
-    mine.last = 0; mine.calls.clear(); mine.lanes.clear();
-    $("feed").replaceChildren(); added.replaceChildren(...added.querySelectorAll(".note"));
+    mine.last = 0;
+    mine.calls.clear();
+    mine.lanes.clear();
+    $("feed").replaceChildren();
+    added.replaceChildren(...added.querySelectorAll(".note"));
   }
-  mine.lost = false; mine.tries = 0;
+  mine.lost = false;
+  mine.tries = 0;
   $("link").textContent = "live";
 }
 
 function add(mine, event, added) {
-  const {event_type: type, agent_role: role, payload, timestamp} = event, at = Date.parse(timestamp);
+  const {event_type: type, agent_role: role, payload, timestamp} = event;
+  const at = Date.parse(timestamp);
   mine.latest = at;
-  if (type === "TASK_START") { mine.began = at; mine.ended = 0; mine.lanes.clear(); }
-  else if (type.startsWith("TASK_")) { mine.ended = at; for (const lane of mine.lanes.values()) lane.stop(at); }
+  if (type === "TASK_START") {
+    mine.began = at;
+    mine.ended = 0;
+    mine.lanes.clear();
+  } else if (type.startsWith("TASK_")) {
+    mine.ended = at;
+    for (const bars of mine.lanes.values()) stop(bars, at);
+  }
   if (role && type.startsWith("AGENT_")) {
-    const bars = [], stop = at => { if (bars.length && !bars.at(-1).to) bars.at(-1).to = at; };
-    const lane = mine.lanes.get(role) || {bars, stop};
-    mine.lanes.set(role, lane);
-    lane.stop(at);
-    if (type === "AGENT_START") lane.bars.push({from: at, action: payload.action || ""});
+    const bars = mine.lanes.get(role) || [];
+    mine.lanes.set(role, bars);
+    stop(bars, at);
+    if (type === "AGENT_START") bars.push({from: at, action: payload.action || ""});
   }
   if (type === "ARTIFACT") files.due = true;
-  const said = payload.call_id ?? role, call = type === "TOKEN" && mine.calls.get(said);
-  if (call) return call.appendData(payload.message);
+  const call = payload.call_id ?? role;
+  if (type === "TOKEN" && mine.calls.has(call)) {
+    mine.calls.get(call).appendData(payload.message);
+    return;
+  }
   if (type !== "TOKEN") mine.calls.delete(role);
   const head = [el("time", {dateTime: timestamp}, new Date(at).toLocaleTimeString()), " "];
   if (role) head.push(tint(el("span", {className: "role"}, role), role), " ");
-  const fold = (content, ...rest) => [el("details", {open: type === "TOKEN"},
-    el("summary", {}, ...head.splice(0), ...rest), el("pre", {dir: "auto", tabIndex: 0}, content))];
-  const text = payload.message, named = role && text.startsWith(role + " ");
-  let body = [el("span", {dir: "auto"}, named ? text.slice(role.length + 1) : text)];
+  const line = el("li", {className: type});
   if (type === "TOKEN") {
-    const growing = new Text(text);
-    mine.calls.set(said, growing);
-    body = fold(growing, el("span", {className: "dim"}, payload.action || "says"));
-  } else if (type === "MESSAGE" && payload.content) body = fold(payload.content, ...body);
-  else if (type === "ARTIFACT" && payload.change !== "deleted" && typeof payload.path === "string")
-    body = [el("button", {className: "plain", onclick: () => show(payload.path)}, text)];
-  added.append(tint(el("li", {className: type}, ...head, ...body), role));
+    const growing = new Text(payload.message);
+    mine.calls.set(call, growing);
+    const action = el("span", {className: "dim"}, payload.action || "says");
+    line.append(fold(true, [...head, action], growing));
+  } else if (type === "MESSAGE" && payload.content) {
+    line.append(fold(false, [...head, said(payload, role)], payload.content));
+  } else if (type === "ARTIFACT" && payload.change !== "deleted"
+             && typeof payload.path === "string") {
+    const onclick = () => show(payload.path);
+    line.append(...head, el("button", {className: "plain", onclick}, payload.message));
+  } else {
+    line.append(...head, said(payload, role));
+  }
+  added.append(tint(line, role));
+}
+function stop(bars, at) {
+  if (bars.length && !bars.at(-1).to) bars.at(-1).to = at;
+}
+function said({message}, role) {  // the role stands before it already
+  const named = role && message.startsWith(role + " ");
+  return el("span", {dir: "auto"}, named ? message.slice(role.length + 1) : message);
+}
+function fold(open, head, content) {
+  const inside = el("pre", {dir: "auto", tabIndex: 0}, content);
+  return el("details", {open}, el("summary", {}, ...head), inside);
 }
 
 function state(mine) {
   const {status, progress, cost, last_message, error_message, waiting_on: waits} = mine.state;
   if (!status) return;
   $("status").textContent = status + " " + Math.floor(100 * progress) + "%";
-  $("status").className = status; $("progress").value = progress;
+  $("status").className = status;
+  $("progress").value = progress;
   const tokens = (cost.prompt_tokens + cost.completion_tokens).toLocaleString();
-  const price = cost.total_cost === null ? "price unknown" :
-    `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}`;
+  let price = "price unknown";
+  if (cost.total_cost !== null) {
+    price = `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}`;
+  }
   $("cost").textContent = `${price}, ${tokens} tokens`;
   $("failure").textContent = error_message || "";
-  $("now").textContent = !waits ? last_message || "" :
-    `${waits.agent_role} waits for its model (${waits.action || "…"}, ${waits.seconds.toFixed(0)} s)`;
+  $("now").textContent = last_message || "";
+  if (waits) {
+    const doing = `${waits.action || "…"}, ${waits.seconds.toFixed(0)} s`;
+    $("now").textContent = `${waits.agent_role} waits for its model (${doing})`;
+  }
   $("run").hidden = status === "RUNNING" || status === "SUCCEEDED";
   $("run").textContent = status === "PENDING" ? "Run" : "Run again";
-  $("cancel").hidden = ENDED.includes(status); $("delete").hidden = false;
+  $("cancel").hidden = ENDED.includes(status);
+  $("delete").hidden = false;
 }
 function lanes(mine) {
-  const now = mine.ended || Math.max(Date.now() - skew, mine.latest), span = Math.max(1, now - mine.began);
-  $("lanes").replaceChildren(...[...mine.lanes].map(([role, {bars}]) => {
-    const track = el("div", {className: "track"}), last = bars.at(-1), busy = last && !last.to;
-    for (const {from, to, action} of bars) {
-      const bar = el("i", {title: `${action}, ${seconds((to || now) - from)}`});
-      bar.style.left = 100 * (from - mine.began) / span + "%";
-      bar.style.width = 100 * ((to || now) - from) / span + "%";
-      track.append(bar);
-    }
-    const total = bars.reduce((sum, {from, to}) => sum + (to || now) - from, 0);
-    const text = busy ? `${last.action} for ${seconds(now - last.from)}` : `done, ${seconds(total)}`;
-    return tint(el("div", {className: "lane"}, el("span", {className: "role"}, role), track,
-      el("span", {className: busy ? "" : "dim"}, text)), role);
+  const now = mine.ended || Math.max(Date.now() - skew, mine.latest);
+  $("lanes").replaceChildren(...[...mine.lanes].map(([role, bars]) => {
+    return lane(role, bars, mine.began, now);
   }));
+}
+function lane(role, bars, began, now) {
+  const span = Math.max(1, now - began);
+  const track = el("div", {className: "track"});
+  let total = 0;
+  for (const {from, to, action} of bars) {
+    const lasted = (to || now) - from;
+    const bar = el("i", {title: `${action}, ${seconds(lasted)}`});
+    bar.style.left = 100 * (from - began) / span + "%";
+    bar.style.width = 100 * lasted / span + "%";
+    track.append(bar);
+    total += lasted;
+  }
+  const last = bars.at(-1);
+  const busy = last && !last.to;
+  const text = el("span", {}, `done, ${seconds(total)}`);
+  if (busy) text.textContent = `${last.action} for ${seconds(now - last.from)}`;
+  else text.className = "dim";
+  const name = el("span", {className: "role"}, role);
+  return tint(el("div", {className: "lane"}, name, track, text), role);
 }
 
 async function files() {
@@ -5362,22 +5523,31 @@ async function files() {
   try {
     const found = await json(path(id, "/artifacts"));
     if (id !== view?.id) return;
-    $("files").replaceChildren(...found.map(file => el("li", {},
-      el("button", {className: "plain", onclick: () => show(file.path)}, file.path),
-      el("small", {}, " " + bytes(file.size)))));
+    $("files").replaceChildren(...found.map(file => {
+      const onclick = () => show(file.path);
+      const button = el("button", {className: "plain", onclick}, file.path);
+      return el("li", {}, button, el("small", {}, " " + bytes(file.size)));
+    }));
     $("zip").hidden = !found.length;
   } catch { /* the stream says what is wrong */ }
 }
 async function show(file) {
-  const name = file.split("/").map(encodeURIComponent).join("/");
+  const parts = file.split("/");
   let text;
   try {
-    const answer = await api(path(view.id, "/artifacts/" + name));
-    if (!answer.headers.get("Content-Type").startsWith("text/plain")) return save(answer, file.split("/").at(-1));
+    const where = "/artifacts/" + parts.map(encodeURIComponent).join("/");
+    const answer = await api(path(view.id, where));
+    if (!answer.headers.get("Content-Type").startsWith("text/plain")) {
+      return save(answer, parts.at(-1));
+    }
     text = await answer.text();
-  } catch (error) { text = error.message; }
-  $("content").textContent = text.slice(0, 500000) + (text.length > 500000 ? "\n… (cut)" : "");
-  $("path").textContent = file; $("file").showModal();
+  } catch (error) {
+    text = error.message;
+  }
+  if (text.length > 500000) text = text.slice(0, 500000) + "\n… (cut)";
+  $("content").textContent = text;
+  $("path").textContent = file;
+  $("file").showModal();
 }
 async function save(answer, name) {
   const url = URL.createObjectURL(await answer.blob());
@@ -5389,27 +5559,39 @@ function act(name, work) {
 }
 act("zip", async () => save(await api(path(view.id, "/artifacts.zip")), view.id + ".zip"));
 act("cancel", () => api(path(view.id, "/cancel"), {method: "POST"}));
-act("delete", async () => { await api(path(view.id), {method: "DELETE"}); location.hash = ""; });
+act("delete", async () => {
+  await api(path(view.id), {method: "DELETE"});
+  location.hash = "";
+});
 act("run", async () => {
-  await api(path(view.id, "/run?restart=" + ENDED.includes(view.state.status)), {method: "POST"});
+  const again = ENDED.includes(view.state.status);
+  await api(path(view.id, "/run?restart=" + again), {method: "POST"});
   if (view.socket.readyState > 1) connect(view);
 });
-act("more", async () => { size = 100; await list(); });
+act("more", async () => {
+  size = 100;
+  await list();
+});
+function option({type, checked, value, valueAsNumber}) {
+  if (type === "checkbox") return checked;
+  return type === "number" ? valueAsNumber : value;
+}
 $("form").onsubmit = async event => {
   event.preventDefault();
   $("problem").textContent = "";
   const options = {};
   for (const input of $("form").querySelectorAll("[name]")) {
-    const {type, checked, value} = input;
-    if (checked !== input.defaultChecked || value !== input.defaultValue)
-      options[input.name] = type === "checkbox" ? checked : type === "number" ? input.valueAsNumber : value;
+    const changed = input.checked !== input.defaultChecked || input.value !== input.defaultValue;
+    if (changed) options[input.name] = option(input);
   }
   try {
     const body = JSON.stringify({input_prompt: $("prompt").value, options});
     const task = await json("api/tasks", {method: "POST", body});
     await api(path(task.id, "/run"), {method: "POST"});
     location.hash = task.id;
-  } catch (error) { $("problem").textContent = error.message; }
+  } catch (error) {
+    $("problem").textContent = error.message;
+  }
 };
 onhashchange = () => open(location.hash.slice(1));
 setInterval(() => { if (view && !view.ended && view.began) lanes(view); }, 1000);
