@@ -4484,6 +4484,7 @@ class Guard:
             abort = _extension(scope, ABORT).get("abort")
             if abort is not None:
                 abort()
+                await anyio.lowlevel.checkpoint()  # the server sees it, and misses no answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -3768,7 +3768,7 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
         head = "POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw_request(client, f"{head}Content-Length: 100\r\n\r\n{{".encode()).close()
         assert client.get("/healthz")["clients"] == 0
-    assert not [record for record in caplog.records if record.exc_info]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
@@ -3835,6 +3835,9 @@ def test_zip_holds_the_workspace_in_bounded_memory(tmp_path: Path) -> None:
                 "large.bin": 400 << 20,
                 "日本.txt": 4,
             }
+        path = f"/api/tasks/{task_id}/artifacts.zip"
+        part = client.http.get(path, headers={"Range": "bytes=0-3"})
+        assert (part.status_code, part.content) == (206, b"PK\x03\x04")
         assert client.http.get(f"/api/tasks/{'0' * 32}/artifacts.zip").status_code == 404
 
 
@@ -4794,6 +4797,22 @@ def test_signals_stop_the_run_tell_the_clients_and_exit(tmp_path: Path, how: sig
     assert idle_record.close_code == 1001
     assert code == (0 if how is signal.SIGINT else -signal.SIGTERM)
     assert "Traceback" not in "".join(server.errors)
+
+
+def test_serve_returns_to_an_embedder_whose_thread_does_not_stop(tmp_path: Path) -> None:
+    """What becomes of the process then is the embedder's to say."""
+    code = """
+import os, threading, streamer
+settings = streamer.Settings(port=0, test_mode=True, grace=0.5)
+streamer.logging.basicConfig(level="INFO")
+streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG"), threading.Event().wait())), settings)
+os._exit(7)
+"""
+    with process("-c", code, cwd=tmp_path) as server:
+        watcher = server.client.follow(server.client.create())
+        watcher.sees(2)
+        assert server.stop(signal.SIGINT) == 7
+        assert watcher.join()[-1]["event_type"] == "TASK_CANCELLED"
 
 
 def test_signal_ends_a_process_whose_thread_does_not_stop(tmp_path: Path) -> None:
