@@ -259,13 +259,13 @@ def is_event(event_type: str) -> Callable[[dict[str, Any]], bool]:
 
 
 @contextlib.contextmanager
-def serving(server: uvicorn.Server, loopback: socket.socket) -> Iterator[str]:
+def serving(server: uvicorn.Server, listener: socket.socket) -> Iterator[str]:
     """Runs a server in a thread; the socket listens already, so that nobody has to wait for it."""
-    loopback.listen(1024)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [loopback]}, name="server")
+    listener.listen(1024)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
     thread.start()
     try:
-        yield f"http://127.0.0.1:{loopback.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(TIMEOUT)
@@ -508,7 +508,7 @@ def scripted(tmp_path: Path) -> Iterator[Client]:
         yield server.client
 
 
-def missing(what: str) -> NoReturn:
+def skip_without(what: str) -> NoReturn:
     """Skips a test for what this machine lacks; in CI its absence is a failure."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed, and CI must have it")
@@ -517,12 +517,12 @@ def missing(what: str) -> NoReturn:
 
 def needs(tool: str) -> str:
     """The path of a program some tests need."""
-    return shutil.which(tool) or missing(tool)
+    return shutil.which(tool) or skip_without(tool)
 
 
 def needs_package(name: str) -> None:
     if importlib.util.find_spec(name) is None:
-        missing(name)
+        skip_without(name)
 
 
 class Gate:
@@ -713,7 +713,7 @@ def test_payload_over_the_limit_is_cut_and_says_so(payload: dict[str, Any]) -> N
 # -----------------------------------------------------------------------------
 
 
-def task(status: TaskStatus = TaskStatus.PENDING) -> streamer.Task:
+def make_task(status: TaskStatus = TaskStatus.PENDING) -> streamer.Task:
     return streamer.Task(id="t", title="t", input_prompt="p", mode="test", options={}, status=status)
 
 
@@ -722,7 +722,7 @@ def test_transitions_outside_the_table_raise() -> None:
     allowed = set()
     for before, after in itertools.product(TaskStatus, TaskStatus):
         with contextlib.suppress(streamer.IllegalTransition):
-            allowed.add((before.value, task(before).to(after).status.value))
+            allowed.add((before.value, make_task(before).to(after).status.value))
     ends = {("PENDING", "RUNNING"), ("PENDING", "FAILED"), ("PENDING", "CANCELLED")}
     ends |= {("RUNNING", end) for end in ("SUCCEEDED", "FAILED", "CANCELLED")}
     assert allowed == ends | {("FAILED", "PENDING"), ("CANCELLED", "PENDING")}
@@ -898,7 +898,7 @@ async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> N
         assert await store.count() == {TaskStatus.PENDING: 1, TaskStatus.FAILED: 1}
 
 
-async def run(store: Any, task_id: str) -> None:
+async def start_stored(store: Any, task_id: str) -> None:
     record = await store.claim(task_id, {TaskStatus.PENDING})
     assert record is not None
     running = dataclasses.replace(record[1], status=TaskStatus.RUNNING, last_event_id=1)
@@ -911,7 +911,7 @@ async def test_store_sweep_finds_orphans(stored: dict[str, Any]) -> None:
     async with opened(**stored) as store:
         for name in "ab":
             await store.create(named(name))
-        await run(store, "a")
+        await start_stored(store, "a")
         assert not any(await store.sweep())
         await store.release("a")
         with anyio.fail_after(TIMEOUT):
@@ -927,7 +927,7 @@ async def test_store_forgets_what_is_old(stored: dict[str, Any]) -> None:
     async with opened(max_age=1, **stored) as store:
         for name in "ab":
             await store.create(named(name))
-        await run(store, "a")
+        await start_stored(store, "a")
         with anyio.fail_after(TIMEOUT):
             while list((await store.sweep()).expired) != ["b"]:
                 await store.pause(0.1)
@@ -1478,12 +1478,12 @@ def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) ->
 async def new_broker(**settings: Any) -> streamer.Broker:
     chosen = Settings(**settings)
     store = streamer.MemoryStore(chosen)
-    await store.create(task())
+    await store.create(make_task())
     await store.claim("t", set(TaskStatus))
     return streamer.Broker(*await store.load("t"), store, chosen)
 
 
-async def end(broker: streamer.Broker, status: TaskStatus = TaskStatus.FAILED) -> None:
+async def end_task(broker: streamer.Broker, status: TaskStatus = TaskStatus.FAILED) -> None:
     await broker.publish(task=dataclasses.replace(broker.task, status=status), status=status)
 
 
@@ -1513,7 +1513,7 @@ async def test_broker_replay_meets_live_without_a_seam(buffer: int) -> None:
             for number in range(7):
                 await broker.publish([draft(number)])
             await anyio.lowlevel.checkpoint()
-        await end(broker)
+        await end_task(broker)
     assert found == {after: list(range(after + 1, 71)) for after in range(0, 70, 7)}
 
 
@@ -1525,7 +1525,7 @@ async def test_broker_feeds_a_slow_client_from_the_log() -> None:
     for number in range(1000):
         await broker.publish([draft(number)])
     assert slow._receive.statistics().current_buffer_used <= 5
-    await end(broker)
+    await end_task(broker)
     assert await collect(slow) == list(range(1, 1001))
 
 
@@ -1545,7 +1545,7 @@ async def test_broker_hands_over_once_what_the_log_has_already() -> None:
     """What is in the log but not handed over yet waits for that: a client is never ahead, and gets it once."""
     settings = Settings()
     store = HeldStore(settings)
-    await store.create(task())
+    await store.create(make_task())
     await store.claim("t", set(TaskStatus))
     broker = streamer.Broker(*await store.load("t"), store, settings)
     await broker.publish([draft(number) for number in range(10)])
@@ -1565,7 +1565,7 @@ async def test_broker_hands_over_once_what_the_log_has_already() -> None:
         store.held.set()
         await anyio.wait_all_tasks_blocked()
         store.held = None
-        await end(broker)
+        await end_task(broker)
     assert found == [6, 7, 8, 9, 10, 11]
 
 
@@ -1605,7 +1605,7 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     subscription = broker.subscribe()
     await broker.publish([draft(1, EventType.AGENT_START)], progress=0.5)
     await broker.publish([draft(2, EventType.TASK_COMPLETE)], progress=0.2)
-    await end(broker, TaskStatus.SUCCEEDED)
+    await end_task(broker, TaskStatus.SUCCEEDED)
     seen = []
     async for events, state in subscription:
         seen += [event.event_type.value for event in events]
@@ -1618,7 +1618,7 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
 @pytest.mark.anyio
 async def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None:
     """A runner faster than the loop waits at `emit`; what waits for the loop stays bounded."""
-    run = Run(task(), Settings(workspace=tmp_path))
+    run = Run(make_task(), Settings(workspace=tmp_path))
     emitted = 0
 
     def flood() -> None:
@@ -3138,7 +3138,7 @@ streamer.serve(streamer.create_app(settings, runner=runner), settings)
 @pytest.mark.anyio
 async def test_fault_another_threads_put_does_not_wake_the_loop(tmp_path: Path) -> None:
     """cpython#97970. One emit on a loop that has nothing else to do is taken at once."""
-    run = Run(task(), Settings(workspace=tmp_path))
+    run = Run(make_task(), Settings(workspace=tmp_path))
     thread = threading.Timer(0.05, run.emit, ("LOG",))
     thread.start()
     with anyio.fail_after(TIMEOUT):
@@ -3150,7 +3150,7 @@ def test_fault_the_loop_closes_under_a_worker(tmp_path: Path) -> None:
     """anyio PR 1245. A thread that outlives the loop can emit, is not heard, and does not fail."""
 
     async def orphan() -> Run:
-        return Run(task(), Settings(workspace=tmp_path))
+        return Run(make_task(), Settings(workspace=tmp_path))
 
     run = asyncio.run(orphan())
     run.emit("LOG", {"message": "nobody is left"})
@@ -3286,7 +3286,7 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
                     kinds = [EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG for number in batch]
                     published.extend(batch)
                     await broker.publish([draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
-        await end(broker)
+        await end_task(broker)
     assert checked == clients
     assert broker.subscriptions == set()
 
@@ -4290,7 +4290,7 @@ def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
     with busy(tmp_path, max_events=50, max_tasks=20, max_sockets=50, send_timeout=2, grace=0.2) as server:
         fuzzer = Fuzzer(server.client, seed)
         fuzzer.go(seconds / 2)
-        before = usage(server)[1]
+        before = cpu_and_rss(server)[1]
         fuzzer.go(seconds / 2)
         print(f"seed {seed}: {sum(fuzzer.statuses.values())} requests {dict(fuzzer.statuses)}, {fuzzer.frames} frames")
         assert fuzzer.faults == []
@@ -4299,7 +4299,7 @@ def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
         witness.sees(5)
         assert server.client.post(f"/api/tasks/{witness.task_id}/cancel").status_code == 202
         assert witness.join()[-1]["event_type"] == "TASK_CANCELLED"
-        assert usage(server)[1] - before < 30  # MB
+        assert cpu_and_rss(server)[1] - before < 30  # MB
         said = "".join(server.errors)
         assert "Traceback" not in said, said[said.find("Traceback") - 500 :][:5000]
 
@@ -5486,7 +5486,7 @@ class Swarm:
         self.selector.close()
 
 
-def usage(server: Process) -> tuple[float, float]:
+def cpu_and_rss(server: Process) -> tuple[float, float]:
     """CPU seconds so far, and resident megabytes."""
     fields = Path(f"/proc/{server.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
     status = Path(f"/proc/{server.popen.pid}/status").read_text()
@@ -5503,13 +5503,13 @@ def measure(server: Process, clients: int, events: int, rate: float = 0, product
     client = server.client
     path = f"/ws/tasks/{client.create(f'n={events} rate={rate}')}?start=false" if product else "/"
     swarm = Swarm(client.url, [path] * clients)
-    cpu, _ = usage(server)
+    cpu, _ = cpu_and_rss(server)
     if product:
         client.post(f"/api/tasks/{path.split('/')[-1].split('?')[0]}/run")
     else:
         swarm.say(f"{events} {rate}")
     seconds = swarm.receive(events)
-    used = usage(server)[0] - cpu
+    used = cpu_and_rss(server)[0] - cpu
     swarm.check(events)
     p50, p99 = percentiles(swarm.latencies()) if rate else (0.0, 0.0)
     swarm.close()
@@ -5568,10 +5568,10 @@ def bench_stalled_client(folder: Path) -> Iterator[tuple[str, str, str]]:
             path = f"/ws/tasks/{client.create('n=20000')}?start=false"
             idle = Swarm(client.url, [path] * stalled, small=True)
             swarm = Swarm(client.url, [path] * 49)
-            before = usage(server)[1]
+            before = cpu_and_rss(server)[1]
             client.post(f"{path.split('?')[0].replace('/ws', '/api')}/run")
             rates[stalled].append(swarm.receive(20000))
-            grown.append(usage(server)[1] - before)
+            grown.append(cpu_and_rss(server)[1] - before)
             swarm.check(20000)
             swarm.close()
             idle.close()
@@ -5586,9 +5586,9 @@ def bench_idle_connections(folder: Path) -> Iterator[tuple[str, str, str]]:
         with bench_server(code, folder, STREAMER_MAX_SOCKETS="2000") as server:
             path = path.format(server.client.create("n=1") if code is LOAD else "")
             Swarm(server.client.url, [path]).close()
-            before = usage(server)[1]
+            before = cpu_and_rss(server)[1]
             swarm = Swarm(server.client.url, [path] * 1000)
-            sizes.append((usage(server)[1] - before) * 1024 / 1000)
+            sizes.append((cpu_and_rss(server)[1] - before) * 1024 / 1000)
             swarm.close()
     yield "idle connection, at 1,000", f"{sizes[0]:.1f} KB (bare ASGI on uvicorn: {sizes[1]:.1f} KB)", "<= 25 KB"
 
@@ -5691,10 +5691,10 @@ def bench_stores(folder: Path) -> Iterator[tuple[str, str, str]]:
         task_id = server.client.create("n=1000000")
         server.client.watch(task_id, "types=RESULT")
         size = (folder / "million.db").stat().st_size / 1e6
-        before = usage(server)[1]
+        before = cpu_and_rss(server)[1]
         swarm = Swarm(server.client.url, [f"/ws/tasks/{task_id}"], keep=False)
         seconds = swarm.receive(1_000_000)
-        grown = usage(server)[1] - before
+        grown = cpu_and_rss(server)[1] - before
         swarm.close()
         yield "SQLite: a million events", f"{size:.0f} bytes an event in the file; {before:.0f} MB resident", "bounded"
         yield "  replayed", f"{1e6 / seconds:,.0f} /s, grew {grown:.0f} MB", "bounded"
