@@ -38,6 +38,7 @@ import errno
 import functools
 import hmac
 import importlib
+import importlib.machinery
 import importlib.util
 import io
 import json
@@ -2054,16 +2055,22 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
 
 # The real team. What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
 
-# It imports every vendor's SDK. Its modules for those that are not configured are replaced by placeholders:
-# module of metagpt.provider → its class, its api_type, the SDK's module, the SDK's package.
-VENDORS: Mapping[str, tuple[str, str, str, str]] = {
-    "google_gemini_api": ("GeminiLLM", "gemini", "google.generativeai", "google-generativeai"),
-    "zhipuai_api": ("ZhiPuAILLM", "zhipuai", "zhipuai", "zhipuai"),
-    "spark_api": ("SparkLLM", "spark", "sparkai", "spark-ai-python"),
-    "qianfan_api": ("QianFanLLM", "qianfan", "qianfan", "qianfan"),
-    "dashscope_api": ("DashScopeLLM", "dashscope", "dashscope", "dashscope"),
-    "bedrock_api": ("BedrockLLM", "bedrock", "boto3", "boto3"),
-    "ark_api": ("ArkLLM", "ark", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
+# What MetaGPT needs for an `llm.api_type`: its module in metagpt.provider, the module of the vendor's
+# SDK, the package that has it. Types that are not listed are served by OPENAI.
+OPENAI = ("openai_api", "openai", "openai")
+VENDORS: Mapping[str, tuple[str, str, str]] = {
+    "anthropic": ("anthropic_api", "anthropic", "anthropic"),
+    "claude": ("anthropic_api", "anthropic", "anthropic"),
+    "azure": ("azure_openai_api", "openai", "openai"),
+    "ollama": ("ollama_api", "aiohttp", "aiohttp"),
+    "metagpt": ("metagpt_api", "openai", "openai"),
+    "gemini": ("google_gemini_api", "google.generativeai", "google-generativeai"),
+    "zhipuai": ("zhipuai_api", "zhipuai", "zhipuai"),
+    "spark": ("spark_api", "sparkai", "spark-ai-python"),
+    "qianfan": ("qianfan_api", "qianfan", "qianfan"),
+    "dashscope": ("dashscope_api", "dashscope", "dashscope"),
+    "bedrock": ("bedrock_api", "boto3", "boto3"),
+    "ark": ("ark_api", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
 }
 NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where they are not
 OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's
@@ -2127,8 +2134,9 @@ def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError(NO_MODEL)
     _check_model(config["llm"], lambda key: names.get(key, f"llm.{key} in {source}"))
     _check_proxies(config["llm"], environ)
-    for _, api_type, module, package in VENDORS.values():
-        if config["llm"].get("api_type") == api_type and not _installed(module):
+    for api_type in _api_types(config):
+        _, module, package = _vendor(api_type)
+        if not _installed(module):
             raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
     return config
 
@@ -2240,10 +2248,22 @@ def check_git(environ: Mapping[str, str]) -> None:
         )
 
 
+def _api_types(config: Mapping[str, Any]) -> set[str]:
+    """Those of `llm` and of `models`, which single roles and actions may be given."""
+    models = config.get("models")
+    each = [config["llm"], *(models.values() if isinstance(models, Mapping) else [])]
+    return {str(model.get("api_type", "openai")) for model in each if isinstance(model, Mapping)}
+
+
+def _vendor(api_type: str) -> tuple[str, str, str]:
+    return VENDORS.get(api_type.partition(".")[0], OPENAI)  # "ollama.generate" is one of ollama's
+
+
 def _installed(module: str) -> bool:
-    with contextlib.suppress(ModuleNotFoundError):  # a parent package is missing
+    try:
         return importlib.util.find_spec(module) is not None
-    return False
+    except (ModuleNotFoundError, ValueError):  # its parent is missing; it is deferred, and missing
+        return False
 
 
 SECRET_NAME = re.compile(r"key|token|secret|passw(or)?d|pwd|credential", re.IGNORECASE)
@@ -2331,7 +2351,7 @@ _engine_lock = threading.Lock()
 
 
 def load_metagpt(workspace: Path) -> types.SimpleNamespace:
-    """Imports MetaGPT (6-14 s, so in a worker thread) and mends what its runs share.
+    """Imports MetaGPT (2-4 s, so in a worker thread) and mends what its runs share.
 
     Its own log folder goes below `workspace`. Raises SettingsError without a model.
     """
@@ -2384,15 +2404,99 @@ def model_price(
     return known.get(plan)
 
 
+# These packages only pass on what their modules hold, of which the software company needs a part.
+LAZY_PACKAGES = ("metagpt.actions", "metagpt.environment", "metagpt.provider", "metagpt.tools.libs")
+# MetaGPT imports these where it may use them, and the software company never does.
+DEFERRED_MODULES = ("anthropic", "docx", "pandas")
+
+
+class _LazyPackage(importlib.machinery.SourceFileLoader):
+    """Finds and loads one of LAZY_PACKAGES: what it passes on is imported when it is asked for."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in LAZY_PACKAGES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = cls(name, spec.origin)
+        return spec
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        body = ast.parse(self.get_data(self.path)).body
+        homes = {
+            alias.name: node.module
+            for node in body
+            if isinstance(node, ast.ImportFrom) and node.module not in (None, self.name)
+            for alias in node.names
+        }
+        own = {"__all__", *(node.name for node in body if isinstance(node, ast.ClassDef))}
+
+        def load(name: str) -> Any:
+            if name in homes:
+                return getattr(importlib.import_module(homes[name]), name)
+            if name in own:
+                super(_LazyPackage, self).exec_module(module)
+                return vars(module)[name]
+            raise AttributeError(f"module {self.name!r} has no attribute {name!r}")
+
+        vars(module)["__getattr__"] = load
+
+
+class _DeferredModule(types.ModuleType):
+    """Stands for a module that is imported when something in it is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        with _deferred_lock:  # two threads may ask for it at once
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+_deferred_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _light_imports() -> Iterator[None]:
+    """Leaves out of MetaGPT's import what is not used, three quarters of its time."""
+    deferred = [_DeferredModule(name) for name in DEFERRED_MODULES if name not in sys.modules]
+    for module in deferred:
+        module.__spec__ = importlib.util.find_spec(module.__name__)
+        sys.modules[module.__name__] = module
+    sys.meta_path.insert(0, _LazyPackage)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_LazyPackage)
+        for module in deferred:
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
+
+
+@contextlib.contextmanager
+def _unfinished_models() -> Iterator[None]:
+    """Lets two models of MetaGPT name each other before both exist, which pydantic 2.10 refuses."""
+    model = importlib.import_module("pydantic").BaseModel
+    rebuild = model.__dict__["model_rebuild"]
+    model.model_rebuild = classmethod(partial(rebuild.__func__, raise_errors=False))
+    try:
+        yield
+    finally:
+        model.model_rebuild = rebuild
+    for kind in _subclasses(model):  # now that all names are known, and not in some run's thread
+        if kind.__module__.startswith("metagpt.") and not kind.__pydantic_complete__:
+            kind.model_rebuild()
+
+
+class _Providers(dict[Any, Any]):
+    """MetaGPT's model classes by api_type; the module that registers one is imported for it."""
+
+    def __missing__(self, api_type: Any) -> Any:
+        importlib.import_module(f"metagpt.provider.{_vendor(api_type.value)[0]}")
+        return dict(self)[api_type]
+
+
 def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleNamespace:
-    models = [config["llm"], *(config.get("models") or {}).values()]
-    configured = {model.get("api_type") for model in models if isinstance(model, Mapping)}
-    for name, (class_name, api_type, _, _) in VENDORS.items():
-        if api_type not in configured:
-            placeholder = types.ModuleType(f"metagpt.provider.{name}")
-            setattr(placeholder, class_name, type(class_name, (), {}))
-            sys.modules.setdefault(placeholder.__name__, placeholder)
-    sys.modules.setdefault("metagpt.tools.libs", types.ModuleType("metagpt.tools.libs"))
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = str(folder)  # MetaGPT asks for one when it is imported
     loguru = importlib.import_module("loguru").logger
@@ -2400,20 +2504,36 @@ def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleName
     os.environ["METAGPT_PROJECT_ROOT"] = str(folder)
     try:
         loguru.remove()
-        importlib.import_module("metagpt.logs")  # which adds handlers: stderr, and a file
-        loguru.remove()
-        model = importlib.import_module("metagpt.utils.yaml_model").YamlModel
-        read_yaml = model.read_yaml
-        model.read_yaml = classmethod(lambda cls, path, encoding="utf-8": dict(config))
-        try:
-            found = {name: getattr(importlib.import_module(path), name) for name, path in ENGINE_NAMES.items()}
-        finally:
-            model.read_yaml = read_yaml
+        with _light_imports(), _unfinished_models():
+            importlib.import_module("metagpt.logs")  # which adds handlers: stderr, and a file
+            loguru.remove()
+            with _given_config(config):
+                importlib.import_module("metagpt.provider.openai_api")
+                found = {
+                    name: getattr(importlib.import_module(path), name)
+                    for name, path in ENGINE_NAMES.items()
+                }
     finally:
         os.environ.pop("METAGPT_PROJECT_ROOT")
         if root is not None:
             os.environ["METAGPT_PROJECT_ROOT"] = root
-    return types.SimpleNamespace(**found, loguru=loguru, tenacity=importlib.import_module("tenacity"))
+    registry = found["LLM_REGISTRY"]
+    registry.providers = _Providers(registry.providers)
+    registry.get_provider(found["config"].llm.api_type)
+    tenacity = importlib.import_module("tenacity")
+    return types.SimpleNamespace(**found, loguru=loguru, tenacity=tenacity)
+
+
+@contextlib.contextmanager
+def _given_config(config: Mapping[str, Any]) -> Iterator[None]:
+    """MetaGPT reads its configuration when it is imported: from here, instead of from its files."""
+    model = importlib.import_module("metagpt.utils.yaml_model").YamlModel
+    read_yaml = model.read_yaml
+    model.read_yaml = classmethod(lambda cls, path, encoding="utf-8": dict(config))
+    try:
+        yield
+    finally:
+        model.read_yaml = read_yaml
 
 
 @dataclass
