@@ -2050,7 +2050,8 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
         message = {"message": f"{role} to {to[0]}: {path}", "content": text, "cause_by": action, "sent_from": role}
         run.emit("MESSAGE", {**message, "send_to": to}, role)
         run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
-    return {"mode": "test", "end_reason": "idle", "rounds": len(team), "files": run.report_files(), "cost": run.cost}
+    result = {"mode": "test", "end_reason": "idle", "rounds": len(team)}
+    return {**result, "files": run.report_files(), "cost": run.cost}
 
 
 # The real team. What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
@@ -3555,7 +3556,9 @@ class Supervisor:
             "completion_tokens": "completion_tokens",
             "total_cost": "cost_dollars",
         }
-        return {f"model_{name}": sum(cost[key] or 0 for cost in costs) for key, name in names.items()}
+        return {
+            f"model_{name}": sum(cost[key] or 0 for cost in costs) for key, name in names.items()
+        }
 
     # What clients ask for. All of it raises TaskNotFound.
 
@@ -3734,7 +3737,8 @@ class Supervisor:
         self._follow(broker)
 
     def _activate(self, broker: Broker) -> ActiveRun:
-        active = ActiveRun(broker, Run(broker.task, self.settings, self._secrets, broker.state.cost))
+        run = Run(broker.task, self.settings, self._secrets, broker.state.cost)
+        active = ActiveRun(broker, run)
         self._active[broker.task.id] = active
         self._unsaid.pop(broker.task.id, None)
         return active

@@ -732,6 +732,18 @@ def test_transitions_outside_the_table_raise() -> None:
     assert allowed == ends | {("FAILED", "PENDING"), ("CANCELLED", "PENDING")}
 
 
+def test_costs_add_up_and_are_shown() -> None:
+    """A part without a price makes the whole one unknown; the budget is the later run's."""
+    first = {"prompt_tokens": 1, "completion_tokens": 2, "total_cost": 0.1, "max_budget": 3.0}
+    second = {**first, "total_cost": 0.2, "max_budget": 4.0}
+    both = {"prompt_tokens": 2, "completion_tokens": 4, "total_cost": 0.3, "max_budget": 4.0}
+    assert streamer.add_costs(first, second) == both
+    assert streamer.add_costs({**first, "total_cost": None}, second)["total_cost"] is None
+    assert streamer.price_text(0.3) == "$0.3000"
+    assert streamer.price_text(0.3, 4.0) == "$0.3000 of $4.00"
+    assert streamer.price_text(None, 4.0) == "price unknown"
+
+
 # -----------------------------------------------------------------------------
 # Stores: one contract
 # -----------------------------------------------------------------------------
@@ -2396,13 +2408,13 @@ def test_metagpt_asks_and_writes_what_it_does_alone(
         (prompt, {**options, "project_name": f"alike{number}"})
         for number, (prompt, options) in enumerate(ALIKE)
     ]
+    ids = [client.create(prompt, options=options) for prompt, options in tasks]
+    with ThreadPoolExecutor(len(ids)) as pool:
+        records = list(pool.map(client.watch, ids))
     with model_server() as (alone, url):
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
         with process("-c", ALONE, json.dumps(tasks), cwd=tmp_path, environ=environ) as script:
-            ids = [client.create(prompt, options=options) for prompt, options in tasks]
-            with ThreadPoolExecutor(len(ids)) as pool:
-                records = list(pool.map(client.watch, ids))
-            script.popen.wait(4 * TIMEOUT)  # it loads MetaGPT once more, and runs one by one
+            script.popen.wait(4 * TIMEOUT)  # it loads MetaGPT, and runs one by one
             assert script.wait() == 0, "".join(script.errors)
 
     def asked(bodies: list[bytes]) -> list[bytes]:
@@ -4621,6 +4633,24 @@ def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> N
         page.fill("#prompt", "x" * 32001)
         page.click("form button")
         page.wait_for_selector("#problem:has-text('1 to 32000 characters')")
+
+
+def test_page_says_that_a_price_is_unknown(tmp_path: Path, chromium: Any) -> None:
+    """No dollars where nobody knows them, but the tokens; the summary says the same."""
+
+    def runner(run: Run) -> dict[str, Any]:
+        run.update(cost={"prompt_tokens": 1200, "completion_tokens": 34, "total_cost": None})
+        return {"cost": run.cost}
+
+    page = chromium
+    with live(runner, tmp_path) as client:
+        page.goto(client.url)
+        page.fill("#prompt", "p")
+        page.click("form button")
+        page.wait_for_selector("#status.SUCCEEDED")
+        assert page.inner_text("#cost") == "price unknown, 1,234 tokens"
+        assert client.get("/api/tasks")["items"][0]["result_summary"] == "price unknown"
+        page.goto("about:blank")
 
 
 def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) -> None:
