@@ -4428,14 +4428,18 @@ class SocketStream:
             await self._end(error)
 
     async def _stream(self) -> None:
-        params = self._websocket.query_params
+        start, watching = self._parse()
+        async with watching as self._subscription:
+            await self._converse(start)
+
+    def _parse(self) -> tuple[bool, contextlib.AbstractAsyncContextManager[Subscription]]:
+        connection = HTTPConnection(self._websocket.scope)  # an idle socket keeps no query
+        params = connection.query_params
         start = _query(params, "start", True, parse_bool, "true or false")
         after = _whole(params, "after", 0)
         types = _types(params)
-        # Another path is no task either.
-        task_id = self._websocket.path_params.get("task_id", self._websocket.url.path)
-        async with self._supervisor.watch(task_id, after, types) as self._subscription:
-            await self._converse(start)
+        task_id = connection.path_params.get("task_id", connection.url.path)  # or no task's path
+        return start, self._supervisor.watch(task_id, after, types)
 
     async def _end(self, error: StreamerError) -> None:
         message = envelope("error", error.as_dict())
