@@ -2545,6 +2545,7 @@ class _Speaker:
     role: str
     action: str | None = None
     call: _ModelCall | None = None
+    answer: str = ""  # its model's last
 
 
 _speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
@@ -2805,6 +2806,10 @@ class _GiveUp(BaseException):
     """Ends a run from inside MetaGPT, which tries again after every Exception, six times, for minutes."""
 
 
+class _RoleFailed(_GiveUp):
+    """A role could not go on; its ERROR was emitted."""
+
+
 class _ModelCall:
     """One request to the model: the tokens of 50 ms become one event."""
 
@@ -2863,7 +2868,8 @@ class _Team:
 
     def _hire(self, name: str, **options: Any) -> Any:
         role, speaker = getattr(self.engine.roles, name)(context=self.context, **options), _Speaker(self, name)
-        self._wrap(role, "react", partial(self._react, speaker))
+        self._wrap(role, "_observe", partial(self._speaking, speaker, role))
+        self._wrap(role, "react", partial(self._speaking, speaker, role))
         self._wrap(role, "_act", partial(self._act, speaker, role))
         self.team.hire([role])
         return role
@@ -2899,34 +2905,34 @@ class _Team:
         result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
         return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
 
-    async def _react(self, speaker: _Speaker, original: Callable[[], Awaitable[Any]]) -> Any:
+    async def _speaking(
+        self, speaker: _Speaker, role: Any, original: Callable[..., Awaitable[Any]], *args: Any
+    ) -> Any:
+        """Whatever stops a role, while it reads, decides or acts, is an ERROR and ends the run."""
         _speaker.set(speaker)
-        return await original()
+        try:
+            return await original(*args)
+        except (Exception, _GiveUp) as error:
+            reason = failure_reason(error, self.run.redact(speaker.answer))
+            if isinstance(error, IndexError) and getattr(role, "code_todos", None) == []:
+                reason = f"the model's list of tasks names no file. {STRONGER_MODEL}"
+            action = f" in {speaker.action}" if speaker.action else ""
+            reason = f"{speaker.role} failed{action}: {reason}"
+            payload = {"message": reason, "action": speaker.action}
+            self.run.emit(EventType.ERROR, payload, speaker.role)
+            raise _RoleFailed(reason) from error
 
     async def _act(self, speaker: _Speaker, role: Any, original: Callable[[], Awaitable[Any]]) -> Any:
         name, started = speaker.role, time.monotonic()
         action = speaker.action = type(role.rc.todo).__name__
         self.run.emit(EventType.AGENT_START, {"message": f"{name} starts {action}", "action": action}, name)
-        try:
-            result = await original()
-        except (Exception, _GiveUp) as error:
-            reason = f"{name} failed in {speaker.action}: {self._reason(error)}"
-            self.run.emit(EventType.ERROR, {"message": reason, "action": speaker.action}, name)
-            raise _GiveUp(reason) from error
+        result = await original()
         self.run.report_files(name)
         seconds = round(time.monotonic() - started, 1)
         payload = {"message": f"{name} finished {action} in {seconds} s", "action": action, "seconds": seconds}
         self.run.emit(EventType.AGENT_COMPLETE, payload, name)
+        speaker.action = None
         return result
-
-    def _reason(self, error: BaseException) -> str:
-        if isinstance(error, _GiveUp):
-            return str(error)
-        hint = ""
-        if isinstance(error, self.engine.tenacity.RetryError):  # MetaGPT asked the model again and again
-            hint = f", after {error.last_attempt.attempt_number} attempts; a stronger model may keep to the form asked"
-            error = error.last_attempt.exception() or error
-        return f"{type(error).__name__}: {' '.join(self.run.redact(said(error)).split())[:500]}{hint}"
 
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
         speaker = _speaker.get()
@@ -2951,6 +2957,9 @@ class _Team:
 
     def check_inside(self, path: Path) -> None:
         """A model chooses file names: none may leave the task's workspace, or be git's own."""
+        longest = max(len(part.encode(errors="replace")) for part in path.parts)
+        if longest > 255 or "\0" in str(path):
+            raise _GiveUp(f"the model named a file that cannot be: {quoted(path.name[:100])}")
         workspace = self.run.workspace.resolve()
         inside = os.path.relpath(path.resolve(), workspace)
         parts = re.split(r"[\\/]", inside)
@@ -3358,6 +3367,45 @@ def _is_git_name(part: str) -> bool:
     return name == ".git" or re.fullmatch(r"git~\d+", name) is not None
 
 
+STRONGER_MODEL = "A stronger model (llm.model) may keep to the form asked"
+
+
+def failure_reason(error: BaseException, answer: str = "") -> str:
+    """Why MetaGPT could not go on, in a line for a person; `answer` is what its model said last."""
+    attempts = 0
+    for _ in range(5):  # MetaGPT's retries, one around the other
+        last = getattr(error, "last_attempt", None)
+        if last is not None:
+            attempts = attempts or last.attempt_number
+            error = last.exception()
+    if isinstance(error, _GiveUp | StreamerError | SettingsError):
+        return said(error)
+    beginning = quoted(" ".join(answer.split())[:60])
+    text = " ".join(_plain_text(error).split())[:120]
+    if attempts or _class_names(error) & {"ValidationError", "JSONDecodeError"}:
+        after = f"after {attempts} attempts " if attempts else ""
+        form = f"{after}the model's answer has not the form asked: {text}"
+        return f"{form}. It begins {beginning}. {STRONGER_MODEL}"
+    if isinstance(error, OSError) and error.strerror:
+        return text
+    came = f", perhaps for the model's answer, which begins {beginning}" if answer else ""
+    return f"MetaGPT could not go on{came}: {type(error).__name__}: {text}"
+
+
+def _plain_text(error: BaseException) -> str:
+    """The text of an error without what is of Python: pydantic's page, a path's folders, a traceback."""
+    if "ValidationError" in _class_names(error) and hasattr(error, "errors"):
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        where = ".".join(map(str, first["loc"]))
+        message = re.sub(r"[{}']|^Value error, ", "", first["msg"])
+        return f"{where}: {message}{more}" if where else message
+    if isinstance(error, OSError) and error.strerror:
+        name = Path(str(error.filename or "")).name
+        return f"{error.strerror}: {name}"
+    return said(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
+
+
 def _class_name(path: str) -> str:
     """MetaGPT writes metagpt.roles.architect.Architect; `<all>` stays as it is."""
     return str(path).rsplit(".", 1)[-1]
@@ -3377,8 +3425,12 @@ def run_metagpt(run: Run) -> Mapping[str, Any]:
     except asyncio.CancelledError:
         run.check_cancelled()
         raise
-    except _GiveUp as error:
+    except _RoleFailed as error:
         raise RunFailed(str(error)) from error
+    except (Exception, _GiveUp) as error:  # outside of any role: MetaGPT's set-up, or its archive
+        reason = run.redact(f"the team failed: {failure_reason(error)}")
+        run.emit(EventType.ERROR, {"message": reason})
+        raise RunFailed(reason) from error
 
 
 # -----------------------------------------------------------------------------
