@@ -2868,9 +2868,11 @@ class _Team:
 
     def _hire(self, name: str, **options: Any) -> Any:
         role, speaker = getattr(self.engine.roles, name)(context=self.context, **options), _Speaker(self, name)
-        self._wrap(role, "_observe", partial(self._speaking, speaker, role))
-        self._wrap(role, "react", partial(self._speaking, speaker, role))
+        self._wrap(role, "_observe", partial(self._speaking, speaker))
+        self._wrap(role, "react", partial(self._speaking, speaker))
         self._wrap(role, "_act", partial(self._act, speaker, role))
+        if hasattr(role, "_parse_tasks"):
+            self._wrap(role, "_parse_tasks", self._tasks)
         self.team.hire([role])
         return role
 
@@ -2906,7 +2908,7 @@ class _Team:
         return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
 
     async def _speaking(
-        self, speaker: _Speaker, role: Any, original: Callable[..., Awaitable[Any]], *args: Any
+        self, speaker: _Speaker, original: Callable[..., Awaitable[Any]], *args: Any
     ) -> Any:
         """Whatever stops a role, while it reads, decides or acts, is an ERROR and ends the run."""
         _speaker.set(speaker)
@@ -2914,8 +2916,6 @@ class _Team:
             return await original(*args)
         except (Exception, _GiveUp) as error:
             reason = failure_reason(error, self.run.redact(speaker.answer))
-            if isinstance(error, IndexError) and getattr(role, "code_todos", None) == []:
-                reason = f"the model's list of tasks names no file. {STRONGER_MODEL}"
             action = f" in {speaker.action}" if speaker.action else ""
             reason = f"{speaker.role} failed{action}: {reason}"
             payload = {"message": reason, "action": speaker.action}
@@ -2933,6 +2933,12 @@ class _Team:
         self.run.emit(EventType.AGENT_COMPLETE, payload, name)
         speaker.action = None
         return result
+
+    def _tasks(self, original: Callable[[Any], list[str]], document: Any) -> list[str]:
+        names = original(document)
+        if not names:
+            raise _GiveUp(f"the model's list of tasks names no file. {STRONGER_MODEL}")
+        return names
 
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
         speaker = _speaker.get()
@@ -3076,6 +3082,7 @@ class _Team:
             answer = await original(*args, **kwargs)
             if not isinstance(answer, str):  # it was not streamed
                 call.add(model.get_choice_text(answer) or "")
+            speaker.answer = answer if isinstance(answer, str) else model.get_choice_text(answer)
             return answer
         finally:
             self.answering(call)

@@ -439,7 +439,8 @@ class ModelServer:
             answer = json.loads(example[1])
             answer["Anything UNCLEAR"] = " ".join(sorted(set(MARKS.findall(prompt)))) or "no"
             for name in re.findall(r"\[task=(\S+)\]", prompt):
-                answer = {**answer, **({"Task list": [name]} if "Task list" in answer else {})}
+                names = [] if name == "none" else [name]
+                answer = {**answer, **({"Task list": names} if "Task list" in answer else {})}
             return f"[CONTENT]\n{json.dumps(answer, indent=4)}\n[/CONTENT]"
         if "## Code Review Result" in last:
             return f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n## Code Review Result\nLGTM\n"
@@ -2158,6 +2159,33 @@ def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) 
     assert streamer.model_fault(error, model_settings(), []) == (f"{API} {reason}", True, None)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (streamer.RunFailed("a reason"), "a reason"),
+        (OSError(errno.ENOSPC, "No space left on device", "/work/a.py"), "No space left on device: a.py"),
+        (
+            json.JSONDecodeError("Expecting value", "{", 1),
+            "the model's answer has not the form asked: Expecting value: line 1 column 2 (char 1). "
+            "It begins 'Sure! Here it is'. A stronger model (llm.model) may keep to the form asked",
+        ),
+        (
+            KeyError("Task list"),
+            "MetaGPT could not go on, perhaps for the model's answer, which begins "
+            "'Sure! Here it is': KeyError: 'Task list'",
+        ),
+        (
+            Exception("Traceback (most recent call last):\n  File …\nKeyError: 'a'\n"),
+            "MetaGPT could not go on, perhaps for the model's answer, which begins "
+            "'Sure! Here it is': Exception: KeyError: 'a'",
+        ),
+    ],
+)
+def test_failure_reason_is_a_line_for_a_person(error: Exception, reason: str) -> None:
+    """What stopped MetaGPT is told without a page of Python, with the beginning of what came."""
+    assert streamer.failure_reason(error, "Sure!\nHere it is") == reason
+
+
 def test_model_fault_is_none_for_other_errors() -> None:
     """An error of MetaGPT's own code is not the model's."""
     assert streamer.model_fault(KeyError("text"), model_settings(), []) is None
@@ -2216,14 +2244,21 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
 FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[401]", {}, "FAILED", r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY"),
     ("[404]", {}, "FAILED", r"has no model 'gpt-4o' \(404\): check OPENAI_MODEL"),
-    ("[garbage]", {}, "FAILED", r"ProductManager failed in WritePRD: .*, after 6 attempts; a stronger model"),
+    (
+        "[garbage]",
+        {},
+        "FAILED",
+        r"^ProductManager failed in WritePRD: after 6 attempts the model's answer has not the form asked: "
+        r"Expecting value: line 1 column 1 \(char 0\)\. It begins 'I would rather not answer in JSON\.'\. "
+        r"A stronger model \(llm\.model\) may keep to the form asked$",
+    ),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
     ("[no usage]", {}, "SUCCEEDED", r"idle"),
     ("", {"investment": 0.001}, "FAILED", r"the budget is spent: \$0\.0\d+ of \$0\.001"),
     ("", {"n_round": 2}, "SUCCEEDED", r"rounds"),
     ("[slow]", {"timeout": 2}, "FAILED", r"^timed out after 2 s \(options\.timeout\)$"),
-    ("[task=.]", {}, "FAILED", r"Engineer failed in WriteCode.*: IsADirectoryError"),
+    ("[task=.]", {}, "FAILED", r"^Engineer failed in WriteCode.*: Is a directory: \w+$"),
     ("[task=../../../../escaped.py]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("[task=/etc/hostname]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("", {"run_tests": True, "n_round": 8}, "SUCCEEDED", r"idle|rounds"),
@@ -2233,6 +2268,18 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("[task=游戏.py]", {}, "SUCCEEDED", r"idle"),
     ("[blank lines]", {"code_review": False}, "SUCCEEDED", r"idle"),
     ("[unclosed once]", {}, "SUCCEEDED", r"idle"),
+    (
+        "[task=none]",
+        {},
+        "FAILED",
+        r"^Engineer failed: the model's list of tasks names no file\. A stronger model \(llm\.model\) may ",
+    ),
+    (
+        f"[task={'x' * 300}.py]",
+        {},
+        "FAILED",
+        r"^Engineer failed: the model named a file that cannot be: 'x{64}…'$",
+    ),
 ]
 
 
@@ -2252,6 +2299,10 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
         state = record.last_state
         assert state["status"] == status, (prompt, options, state)
         assert re.search(reason, state["error_message"] or state["final_result"]["end_reason"]), (prompt, state)
+        if status == "FAILED" and "timed out" not in reason:
+            (error,) = record.of("ERROR")
+            assert error["agent_role"] is not None
+            assert error["payload"]["message"][:300] == state["error_message"]
         assert sum(event["event_type"] in TERMINAL for event in record.events) == 1
         assert record.events[-1]["event_type"] == ("TASK_COMPLETE" if status == "SUCCEEDED" else "TASK_ERROR")
         assert KEY not in json.dumps(record.messages)
