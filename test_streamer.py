@@ -189,7 +189,7 @@ class Watcher:
 
     def join(self) -> list[dict[str, Any]]:
         """Its events, once its connection has ended."""
-        assert not self.lives(2 * TIMEOUT), self.messages[-3:]
+        assert not self.lives(4 * TIMEOUT), self.messages[-3:]
         return self.events
 
 
