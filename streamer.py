@@ -3400,7 +3400,7 @@ def failure_reason(error: BaseException, answer: str = "") -> str:
 
 
 def _plain_text(error: BaseException) -> str:
-    """The text of an error without what is of Python: pydantic's page, a path's folders, a traceback."""
+    """An error without what is of Python: pydantic's page, a path's folders, a traceback."""
     if "ValidationError" in _class_names(error) and hasattr(error, "errors"):
         first, *others = error.errors()
         more = f" (and {len(others)} more)" if others else ""

@@ -2001,7 +2001,7 @@ FINAL: list[tuple[str, int, Any, str]] = [
         "anthropic",
         400,
         {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low"}},
-        "says that no credit is left (400): add some, or change llm.api_key. "
+        "says that no credit is left (400): add some, or change ANTHROPIC_API_KEY or llm.api_key. "
         "Your credit balance is too low",
     ),
     (
@@ -2014,7 +2014,7 @@ FINAL: list[tuple[str, int, Any, str]] = [
         "anthropic",
         401,
         {"error": {"message": "invalid x-api-key"}},
-        "rejected the key (401): check llm.api_key. invalid x-api-key",
+        "rejected the key (401): check ANTHROPIC_API_KEY or llm.api_key. invalid x-api-key",
     ),
     (
         "openai",
@@ -2117,7 +2117,7 @@ def test_model_fault_takes_the_status_from_an_error_object(
             "http://u:pass@models.test",
             "OPENAI_BASE_URL or llm.base_url (does it end in /v1?)",
         ),
-        ("ollama", "http://models.test", "llm.base_url (does it end in /api?)"),
+        ("ollama", "http://models.test", "llm.base_url (as http://127.0.0.1:11434/api)"),
         ("azure", "http://models.test", "llm.base_url (as https://<resource>.openai.azure.com)"),
     ],
 )
