@@ -2722,9 +2722,9 @@ class _LinearSearch:
 def _mend_searches() -> None:
     """Its patterns take minutes for an answer that is cut, and it evaluates answers as Python."""
     for name in ("utils.common", "utils.repair_llm_raw_output", "actions.action_node"):
-        module = importlib.import_module(f"metagpt.{name}")
-        vars(module)["re"] = _LinearSearch(vars(module)["re"])
-    vars(module)["eval"] = ast.literal_eval
+        parser = importlib.import_module(f"metagpt.{name}")
+        vars(parser)["re"] = _LinearSearch(vars(parser)["re"])
+    vars(importlib.import_module("metagpt.actions.action_node"))["eval"] = ast.literal_eval
 
 
 def _mend_action_names(engine: types.SimpleNamespace) -> None:

@@ -296,6 +296,7 @@ class Process:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         environ = {**clean, "HOME": str(cwd), "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", **(environ or {})}
         pipe = subprocess.PIPE
+        self.cwd = cwd
         self.popen = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environ, stdout=pipe, stderr=pipe)
         self.errors: list[str] = []
         self.output = b""
@@ -2235,7 +2236,7 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
     """Nothing appears beside the workspace: no configuration, no log, no project."""
     client, _, server = metagpt
     client.watch(client.create("[mark=inside]", options={"implement": False}))
-    folder = Path(os.readlink(f"/proc/{server.popen.pid}/cwd"))
+    folder = server.cwd
     assert [path.name for path in folder.iterdir()] == ["workspace"]
     tasks = {each["id"] for each in client.get("/api/tasks?page_size=100")["items"]}
     assert {path.name for path in (folder / "workspace").iterdir()} <= tasks | {".metagpt"}
@@ -2355,18 +2356,77 @@ def test_linear_pattern_finds_what_the_original_finds(pattern: str, group: int |
         assert (found and found[group]) == (expected and expected[group]), text
 
 
-def test_linear_pattern_does_not_try_again_and_again(tmp_path: Path) -> None:
-    """100 KB of a start without its end, of blanks, or of brackets: no match, and none that takes minutes."""
-    code = f"""
-import re, streamer
-for pattern, _, tokens in {PATTERNS!r}:
-    for start in tokens:
-        for middle in tokens:
-            text = start + middle * (100_000 // len(middle)) + tokens[0]
-            re.search(streamer.linear_pattern(pattern), text, re.DOTALL)
+# What MetaGPT's parsers make of 100 KB: a short result or its type, the same as without streamer.
+# The last of them fills in a list from XML.
+PARSERS = """
+import asyncio, json, types
+from pathlib import Path
+import streamer
+engine = streamer.load_metagpt(Path("workspace").absolute())
+from metagpt.actions.action_node import ActionNode
+from metagpt.utils.common import CodeParser, OutputParser
+from metagpt.utils.repair_llm_raw_output import extract_content_from_output
+def fill(text):
+    async def aask(prompt, images=None):
+        return text
+    field = ActionNode(key="field", expected_type=list, instruction="", example="")
+    node = ActionNode.from_children("node", [field])
+    node.llm = types.SimpleNamespace(aask=aask)
+    return asyncio.run(node.xml_fill("")).get("field", "none")
+parsers = [
+    lambda text: CodeParser.parse_code("", text),
+    OutputParser.parse_code,
+    lambda text: CodeParser.parse_file_list("", text),
+    OutputParser.parse_file_list,
+    OutputParser.parse_python_code,
+    OutputParser.extract_content,
+    extract_content_from_output,
+    fill,
+]
+texts = {
+    "no end of blanks": "```python\\nimport os" + "\\n" * 100_000,
+    "no end of fences": "```python" * 11_000,
+    "no end of content": "[CONTENT]{" * 10_000,
+    "no end of lists": "=[]" + "[" * 50_000 + "]" * 50_000,
+    "no end of fields": "<field>" * 14_000,
+    "a program": "<field>[__import__('os').mkdir('ran')]</field>",
+    "code": "```python\\na = [1]\\n```" + "\\n" * 100_000,
+}
+for name, text in texts.items():
+    for parse in parsers:
+        try:
+            result = parse(text)
+            short = result if len(str(result)) < 20 else type(result).__name__
+        except Exception as error:
+            short = type(error).__name__
+        print(json.dumps([name, short]))
 """
-    with process("-c", code, cwd=tmp_path) as script:
+
+
+def test_metagpt_parsers_stand_any_answer(tmp_path: Path) -> None:
+    """100 KB that never close what they open take no minutes, and no answer is run as Python."""
+    environ = {"OPENAI_API_KEY": KEY}
+    with process("-c", PARSERS, cwd=tmp_path, environ=environ) as script:
+        script.popen.wait(4 * TIMEOUT)
         assert script.wait() == 0, "".join(script.errors)
+    assert not (tmp_path / "ran").exists()
+    found: dict[str, list[Any]] = defaultdict(list)
+    for line in script.output.splitlines():
+        name, result = json.loads(line)
+        found[name].append(result)
+    open_end = ["str", "Exception", "Exception", "list", "ValueError", "ValueError", "str", "none"]
+    lists = ["str", "Exception", "SyntaxError", "SyntaxError", "ValueError", "ValueError", "str", "none"]
+    program = ["str", "Exception", "ValueError", "ValueError", "ValueError", "ValueError", "str", []]
+    code = "a = [1]\n"
+    assert found == {
+        "no end of blanks": [*open_end[:4], "str", *open_end[5:]],  # what follows the fence is Python
+        "no end of fences": open_end,
+        "no end of content": lists,  # of CONTENT in brackets
+        "no end of lists": lists,
+        "no end of fields": open_end,
+        "a program": program,
+        "code": [code, code, [1], [1], code, "ValueError", "str", "none"],
+    }
 
 
 def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelServer, Process]) -> None:
@@ -2479,7 +2539,7 @@ def test_metagpt_asks_and_writes_what_it_does_alone(
             for path, _, _ in streamer.list_files(folder)
         }
 
-    folder = Path(os.readlink(f"/proc/{server.popen.pid}/cwd"), "workspace")
+    folder = server.cwd / "workspace"
     for (_, options), task_id, record in zip(tasks, ids, records, strict=True):
         name = options["project_name"]
         assert record.last_state["status"] == "SUCCEEDED", record.last_state
