@@ -1,11 +1,11 @@
 """streamer: watch a MetaGPT team work, live, over WebSocket and SSE. This file is all there is.
 
-    POST /api/tasks → Supervisor → Runner (worker thread) → Broker (per task)
+    POST /api/tasks → Supervisor → Execution → Run (worker thread) → Broker (per task)
                     → Subscription (per client) → WebSocket | SSE
 
-Ten sections, bottom-up, nothing used before it is defined: Settings, Errors, Events, Tasks,
-Store, Broker, Runners, Supervisor, Routes, Application. What it promises, and refers to below
-by number:
+Sections, bottom-up, nothing used before it is defined: Settings, Errors, Events, Tasks, Store,
+Memory, SQLite, Redis, Broker, Runs, MetaGPT, Execution, Supervisor, Routes, Application, Page.
+What it promises, and refers to below by number:
 
  1. Order. A task's events are numbered 1, 2, 3 … without a hole; every client sees them in
     that order, each once, whenever it connects.
@@ -26,6 +26,7 @@ by number:
 
 from __future__ import annotations
 
+import abc
 import argparse
 import ast
 import asyncio
@@ -442,60 +443,68 @@ class EventType(StrEnum):
 # What a runner may emit; the others are the supervisor's.
 RUNNER_TYPES = {kind.value: kind for kind in EventType if not kind.startswith("TASK_")}
 
-
-class Event(NamedTuple):
-    """One entry of a task's log; its message is a WebSocket frame already, the same bytes for every client."""
-
-    event_id: int
-    event_type: EventType
-    frame: bytes
-
-    @property
-    def message(self) -> str:
-        return self.frame[2 if self.frame[1] < 126 else 4 if self.frame[1] == 126 else 10 :].decode()
-
-    @property
-    def data(self) -> str:
-        return self.message[len('{"type":"event","data":') : -1]
-
-    @classmethod
-    def restored(cls, event_id: int, event_type: str, data: str) -> Event:
-        return cls(event_id, EventType(event_type), text_frame(f'{{"type":"event","data":{data}}}'))
-
-
-def text_frame(message: str) -> bytes:
-    """RFC 6455, 5.2: what a server sends is not masked, so that one frame does for every client."""
-    payload = message.encode()
-    size = len(payload)
-    if size < 126:
-        return bytes((0x81, size)) + payload
-    head = struct.pack("!BBH", 0x81, 126, size) if size < 65536 else struct.pack("!BBQ", 0x81, 127, size)
-    return head + payload
-
-
-class Draft(NamedTuple):
-    """An event that has no number yet: what crosses from the runner's thread to the loop."""
-
-    event_type: EventType
-    agent_role: str | None
-    timestamp: str
-    message: str
-    payload: str
-
-    def numbered(self, event_id: int, task_id: str) -> Event:
-        role = "null" if self.agent_role is None else encode(self.agent_role)
-        message = (
-            f'{{"type":"event","data":{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
-            f'"agent_role":{role},"event_type":"{self.event_type.value}","payload":{self.payload}}}}}'
-        )
-        return Event(event_id, self.event_type, text_frame(message))
-
-
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def envelope(kind: str, data: Mapping[str, Any]) -> str:
-    return encode({"type": kind, "data": data})
+def envelope(kind: str, data: Mapping[str, Any] | str) -> str:
+    """A message to a client; `data` is a mapping, or the JSON text of one."""
+    text = data if isinstance(data, str) else encode(data)
+    return f'{{"type":"{kind}","data":{text}}}'
+
+
+def text_frame(message: str) -> bytes:
+    """RFC 6455, 5.2: what a server sends is not masked, so that one frame does for all clients."""
+    payload = message.encode()
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", 0x81, size)
+    elif size < 65536:
+        head = struct.pack("!BBH", 0x81, 126, size)
+    else:
+        head = struct.pack("!BBQ", 0x81, 127, size)
+    return head + payload
+
+
+class Event(NamedTuple):
+    """One entry of a task's log: its number, its type, and the JSON text that clients get."""
+
+    id: int
+    type: EventType
+    data: str
+
+    @property
+    def message(self) -> str:
+        return envelope("event", self.data)
+
+
+class Batch(tuple[Event, ...]):
+    """Events in a row; what is sent of them is made once for all clients that are handed them."""
+
+    @functools.cached_property
+    def frames(self) -> bytes:
+        return b"".join([text_frame(event.message) for event in self])
+
+    @functools.cached_property
+    def server_sent(self) -> str:
+        return "".join([f"id: {event.id}\ndata: {event.message}\n\n" for event in self])
+
+
+class Draft(NamedTuple):
+    """An event without a number: what crosses from the runner's thread to the loop."""
+
+    type: EventType
+    agent_role: str | None
+    timestamp: str
+    message: str  # for a person, as in the state's last_message
+    payload: str  # JSON
+
+    def numbered(self, event_id: int, task_id: str) -> Event:
+        role = "null" if self.agent_role is None else encode(self.agent_role)
+        data = (
+            f'{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
+            f'"agent_role":{role},"event_type":"{self.type.value}","payload":{self.payload}}}'
+        )
+        return Event(event_id, self.type, data)
 
 
 def now(at: float | None = None) -> str:
@@ -509,8 +518,10 @@ def _second(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def encode_payload(payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()) -> str:
-    """JSON of at most `max_bytes` without `secrets`, whatever the payload holds (guarantees 7, 10).
+def encode_payload(
+    payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()
+) -> str:
+    """JSON of at most `max_bytes` without `secrets`, whatever it holds (guarantees 7, 10).
 
     What JSON cannot carry is replaced by its text. What is too long is cut, key by key, and
     `truncated` and `original_bytes` are added.
@@ -528,27 +539,29 @@ def encode_payload(payload: Mapping[str, Any], max_bytes: int, secrets: Sequence
         size = len(text.encode())
     if size <= max_bytes:
         return text
-    for longest in (max_bytes // 4, max_bytes // 32):  # of a character's four bytes, of many keys
-        ordered = {"message": payload.get("message", ""), **payload}
-        cut = {key: fit(value, longest) for key, value in list(ordered.items())[:20]}
+    kept = list({"message": payload.get("message", ""), **payload}.items())[:20]
+    for longest in (max_bytes // 4, max_bytes // 32):  # a character has 4 bytes; many keys
+        cut = {key: fit(value, longest) for key, value in kept}
         text = encode({**cut, "truncated": True, "original_bytes": size})
         if len(text.encode()) <= max_bytes:
             return text
-    return encode({"message": text[: max_bytes // 16], "truncated": True, "original_bytes": size})
+    beginning = text[: max_bytes // 16]
+    return encode({"message": beginning, "truncated": True, "original_bytes": size})
 
 
 def fit(value: Any, longest: int | None = None, secrets: Sequence[str] = ()) -> Any:
-    """`value` as JSON can carry it, without `secrets`; strings are cut to `longest` characters."""
+    """`value` as JSON can carry it, without `secrets`; texts are cut to `longest` characters."""
     left = 50_000  # values: what branches and shares its branches would not end otherwise
 
     def walk(value: Any, above: tuple[int, ...]) -> Any:
         nonlocal left
         left -= 1
-        if isinstance(value, str):
-            text = redact(value.encode(errors="replace").decode(), secrets)  # a lone surrogate becomes a question mark
-            return text if longest is None or len(text) <= longest else text[:longest] + "…"
         if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, str):
+            text = value.encode(errors="replace").decode()  # a lone surrogate becomes "?"
+            text = redact(text, secrets)
+            return text if longest is None or len(text) <= longest else text[:longest] + "…"
         try:
             if isinstance(value, int | float) and math.isfinite(value):
                 text = str(value)
@@ -557,7 +570,8 @@ def fit(value: Any, longest: int | None = None, secrets: Sequence[str] = ()) -> 
                 return "…"
             above = (*above, id(value))
             if isinstance(value, Mapping):
-                return {walk(str(key), above): walk(item, above) for key, item in list(value.items())}
+                items = list(value.items())
+                return {walk(str(key), above): walk(item, above) for key, item in items}
             if isinstance(value, list | tuple | set | frozenset | deque):
                 return [walk(item, above) for item in list(value)]
             dump = getattr(value, "model_dump", None)  # pydantic's
@@ -680,6 +694,22 @@ class TaskState:
     cost: Mapping[str, Any] = field(default_factory=lambda: NO_COST)  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
 
+    def after(
+        self, drafts: Sequence[Draft], changes: Mapping[str, Any], last_event_id: int
+    ) -> TaskState:
+        """The state that these events lead to, and these changes beside them."""
+        values: dict[str, Any] = {"last_event_id": last_event_id}
+        for draft in drafts:
+            if draft.type is EventType.AGENT_START:
+                values["current_agent"] = draft.agent_role
+            if draft.type not in (EventType.TOKEN, EventType.LOG):
+                values["last_message"] = draft.message
+        values |= changes
+        if "progress" in changes:  # never falls while a run lasts
+            progress = round(min(changes["progress"], 1.0), 3)
+            values["progress"] = max(self.progress, progress)
+        return replace(self, **values)
+
     def as_dict(self) -> dict[str, Any]:
         data = dict(vars(self))
         del data["waiting"]
@@ -782,24 +812,75 @@ def quoted(text: str) -> str:
 # -----------------------------------------------------------------------------
 
 
-Record = tuple[Task, TaskState]
+class Record(NamedTuple):
+    """What is kept of a task beside its log."""
+
+    task: Task
+    state: TaskState
+    first_event_id: int = 1  # of the events that are kept
 
 
 def _dump(value: Task | TaskState) -> str:
     return encode(vars(value))
 
 
-def _load(task: str, state: str) -> Record:
+def _load(task_text: str, state_text: str, *, first_event_id: int = 1) -> Record:
     try:
-        task_values, values = json.loads(task), json.loads(state)
-        waiting = tuple(values.pop("waiting") or ()) or None
-        for each in (task_values, values):
-            each["status"] = TaskStatus(each["status"])
-        return Task(**task_values), TaskState(**values, waiting=waiting)
+        task = json.loads(task_text)
+        state = json.loads(state_text)
+        task["status"] = TaskStatus(task["status"])
+        state["status"] = TaskStatus(state["status"])
+        if state["waiting"] is not None:
+            state["waiting"] = tuple(state["waiting"])
+        return Record(Task(**task), TaskState(**state), first_event_id)
     except (ValueError, TypeError, KeyError) as error:
-        raise StoreUnavailable(
-            f"a task cannot be read, perhaps another version of streamer wrote it: {error}"
-        ) from None
+        cause = f"perhaps another version of streamer wrote it: {error}"
+        raise StoreUnavailable(f"a task cannot be read, {cause}") from None
+
+
+class ClaimLost(NamedTuple):
+    """The task is another's now, or it is gone: nothing can be written any more."""
+
+    error: LeaseLost
+
+
+class CancelAsked(NamedTuple):
+    """Another process was asked to cancel the task."""
+
+
+ClaimMessage = ClaimLost | CancelAsked
+
+
+class Claim:
+    """The right to write to a task: while it is held, nobody else writes, in any process.
+
+    Its holder listens to what it is told meanwhile: that the claim is lost, or what is asked.
+    """
+
+    def __init__(self, store: Store, record: Record) -> None:
+        self.record = record  # as it was when it was claimed
+        self._store = store
+        self._listener: Callable[[ClaimMessage], bool] | None = None
+
+    async def write(
+        self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None
+    ) -> None:
+        """Stores all of it, or nothing; a status that is final ends the claim.
+
+        Raises LeaseLost where it is not held any more, StoreUnavailable.
+        """
+        await self._store.write(self, state, events, task)
+
+    async def release(self) -> None:
+        """Ends the claim without a word in the log."""
+        await self._store.release(self)
+
+    def listen(self, listener: Callable[[ClaimMessage], bool]) -> None:
+        """`listener` is called at once, and returns whether it does what it is asked."""
+        self._listener = listener
+
+    def tell(self, message: ClaimMessage) -> bool:
+        return self._listener is not None and self._listener(message)
 
 
 class Sweep(NamedTuple):
@@ -807,239 +888,267 @@ class Sweep(NamedTuple):
 
     orphans: Sequence[str] = ()  # started, and whoever ran them is gone
     expired: Sequence[str] = ()  # forgotten for their age
-    lost: Sequence[str] = ()  # claimed here, but not any more
-    cancels: Sequence[str] = ()  # another process wants them cancelled
 
 
-class Store(Protocol):
-    """Where tasks and their logs live. Clients see an event only after `write` returned (guarantee 9).
+class Store(abc.ABC):
+    """Where tasks and their logs live. Clients see an event only once it is stored (guarantee 9).
 
-    Who runs a task has claimed it, and nobody else writes to it: that, and the last five methods,
-    matter where several processes share a store. Any method may raise StoreUnavailable.
+    Any method may raise StoreUnavailable. What follows `sweep` matters where several processes
+    share a store.
     """
 
-    error: str | None  # why it does not answer, while it does not
-
-    def opened(self, notify: Callable[[str | None], None]) -> contextlib.AbstractAsyncContextManager[None]:
-        """The time it is used; `notify` is told when `error` changes."""
-
-    async def create(self, task: Task) -> Sequence[str]:
-        """Adds a task; returns the ids of those that retention forgot. Raises TaskExists, TooManyTasks."""
-
-    async def load(self, task_id: str) -> Record:
-        """Raises TaskNotFound."""
-
-    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
-        """Tasks newest first, and how many there are in all."""
-
-    async def count(self) -> Mapping[TaskStatus, int]: ...
-
-    async def forget(self, task_id: str) -> None: ...
-
-    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
-        """All of it, or nothing. Raises LeaseLost where the task is not claimed here (any more)."""
-
-    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        """At most `limit` events, from the first that is numbered above `after` and kept."""
-
-    async def first_event_id(self, task_id: str) -> int:
-        """The number of the oldest event kept."""
-
-    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
-        """The task, to write to from now on; None where its status is another, or somebody has it."""
-
-    async def release(self, task_id: str) -> None:
-        """Ends a claim without a word; `write` does so with a status that is final."""
-
-    async def sweep(self) -> Sweep:
-        """Called often: says that this process lives, and looks who else does."""
-
-    async def pause(self, seconds: float) -> None:
-        """Until the next sweep is due, or is worth it."""
-
-    async def cancel(self, task_id: str) -> bool:
-        """Asks the process that runs a task to cancel it; true once it has heard, false where there is no other."""
-
-    async def heard(self, task_id: str) -> None:
-        """Answers `cancel`."""
-
-    def changes(self, task_id: str) -> AsyncGenerator[None, None]:
-        """Yields whenever another process may have written to the task; at once where none can."""
-
-
-class _Fallible:
-    """A store that may stop answering: `notify` is told when it does, and when it answers again."""
-
-    error: str | None = None
-    _notify: Callable[[str | None], None]
-
-    def _say(self, error: str | None) -> None:
-        before, self.error = self.error, error
-        if (before is None) != (error is None):
-            self._notify(error)
-
-
-class _LocalStore(_Fallible):
-    """What a store needs no more than this for when one process has it for itself."""
+    error: str | None = None  # why it does not answer, while it does not
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._claimed: set[str] = set()
+        self._claims: dict[str, Claim] = {}
+        self._notify: Callable[[str | None], None] = lambda error: None
 
-    async def release(self, task_id: str) -> None:
-        self._claimed.discard(task_id)
+    @contextlib.asynccontextmanager
+    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
+        """The time it is used; `notify` is told when `error` comes, and when it goes."""
+        self._notify = notify
+        yield
+
+    @abc.abstractmethod
+    async def create(self, task: Task) -> Sequence[str]:
+        """Adds a task; returns the ids of those that were forgotten to make room for it.
+
+        Raises TaskExists, TooManyTasks.
+        """
+
+    @abc.abstractmethod
+    async def load(self, task_id: str) -> Record:
+        """Raises TaskNotFound."""
+
+    @abc.abstractmethod
+    async def page(
+        self, status: TaskStatus | None, offset: int, limit: int
+    ) -> tuple[list[Task], int]:
+        """Tasks newest first, and how many there are in all."""
+
+    @abc.abstractmethod
+    async def count(self) -> Mapping[TaskStatus, int]: ...
+
+    @abc.abstractmethod
+    async def forget(self, task_id: str) -> None: ...
+
+    @abc.abstractmethod
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        """At most `limit` events, from the first that is numbered above `after` and kept."""
+
+    @abc.abstractmethod
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
+        """None where the task's status is another, or somebody has it."""
+
+    @abc.abstractmethod
+    async def write(
+        self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
+    ) -> None:
+        """For `Claim.write`."""
+
+    @abc.abstractmethod
+    async def release(self, claim: Claim) -> None:
+        """For `Claim.release`."""
+
+    @abc.abstractmethod
+    async def sweep(self) -> Sweep:
+        """Called often: says that this process lives, and looks what has to be done."""
 
     async def pause(self, seconds: float) -> None:
+        """Until the next sweep is due, or is worth it."""
         await anyio.sleep(seconds)
 
     async def cancel(self, task_id: str) -> bool:
+        """Asks the process that runs a task to cancel it; False where there is no other."""
         await anyio.sleep(0.02)  # the claim that was in the way is about to become a run
         return False
 
-    async def heard(self, task_id: str) -> None: ...
-
     async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
+        """Yields whenever another process may have written to the task."""
         for _ in ():
             yield
 
-    def _check_claim(self, task_id: str) -> None:
-        if task_id not in self._claimed:
-            raise LeaseLost(f"task {task_id} is not claimed")
+    def _set_error(self, error: str | None) -> None:
+        before = self.error
+        self.error = error
+        if (before is None) != (error is None):
+            self._notify(error)
 
-    def _end_claim(self, state: TaskState) -> None:
-        if state.status in ENDED:
-            self._claimed.discard(state.task_id)
+    def _check(self, claim: Claim) -> None:
+        task_id = claim.record.task.id
+        if self._claims.get(task_id) is not claim:
+            raise LeaseLost(f"task {task_id} is not claimed here any more")
 
-    def _limit(self) -> str:
-        return now(time.time() - self._settings.max_age)
+    def _end(self, claim: Claim) -> None:
+        task_id = claim.record.task.id
+        if self._claims.get(task_id) is claim:
+            del self._claims[task_id]
 
+    def _not_found(self, task_id: str) -> TaskNotFound:
+        why = "never created here, deleted, or forgotten since"
+        return TaskNotFound(f"task {quoted(task_id)} not found: {why}")
 
-def _not_found(task_id: str) -> TaskNotFound:
-    return TaskNotFound(f"task {quoted(task_id)} not found: never created here, deleted, or forgotten since")
-
-
-def _too_many(settings: Settings) -> TooManyTasks:
-    return TooManyTasks(f"{settings.max_tasks} tasks have not ended, the limit (max_tasks); run or delete some")
-
-
-@dataclass
-class _Row:
-    task: Task
-    state: TaskState
-    log: list[Event] = field(default_factory=list)
-    dropped: int = 0  # events that came before log[0]
+    def _too_many(self) -> TooManyTasks:
+        limit = f"{self._settings.max_tasks} tasks have not ended, the limit (max_tasks)"
+        return TooManyTasks(f"{limit}; run or delete some")
 
 
-class MemoryStore(_LocalStore):
+# -----------------------------------------------------------------------------
+# Memory
+# -----------------------------------------------------------------------------
+
+
+class MemoryStore(Store):
     """The embedded default: forgets at exit."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._rows: dict[str, _Row] = {}
-
-    @contextlib.asynccontextmanager
-    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
-        yield
+        self._records: dict[str, Record] = {}
+        self._logs: dict[str, list[Event]] = defaultdict(list)
+        self._changing = anyio.Lock(fast_acquire=True)
 
     async def create(self, task: Task) -> Sequence[str]:
-        if task.id in self._rows:
-            raise TaskExists(f"task {task.id} exists")
-        excess = max(0, len(self._rows) + 1 - self._settings.max_tasks)
-        forgotten = list(islice((key for key, row in self._rows.items() if row.task.status in ENDED), excess))
-        if len(forgotten) < excess:
-            raise _too_many(self._settings)
-        for task_id in forgotten:
-            del self._rows[task_id]
-        self._rows[task.id] = _Row(task, TaskState(task_id=task.id))
-        return forgotten
+        async with self._changing:
+            if task.id in self._records:
+                raise TaskExists(f"task {task.id} exists")
+            excess = max(0, len(self._records) + 1 - self._settings.max_tasks)
+            ended = (id for id, record in self._records.items() if record.task.status in ENDED)
+            forgotten = list(islice(ended, excess))
+            if len(forgotten) < excess:
+                raise self._too_many()
+            await self._change(Record(task, TaskState(task_id=task.id)), forgotten=forgotten)
+            return forgotten
 
     async def load(self, task_id: str) -> Record:
-        if (row := self._rows.get(task_id)) is None:
-            raise _not_found(task_id)
-        return row.task, row.state
+        if task_id not in self._records:
+            raise self._not_found(task_id)
+        task, state, first = self._records[task_id]
+        return Record(task, state, max(first, state.last_event_id - self._settings.max_events + 1))
 
-    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
-        tasks = [row.task for row in self._rows.values() if status in (None, row.task.status)][::-1]
-        return tasks[offset : offset + limit], len(tasks)
+    async def page(
+        self, status: TaskStatus | None, offset: int, limit: int
+    ) -> tuple[list[Task], int]:
+        tasks = [record.task for record in self._records.values()]
+        if status is not None:
+            tasks = [task for task in tasks if task.status is status]
+        return tasks[::-1][offset : offset + limit], len(tasks)
 
     async def count(self) -> Mapping[TaskStatus, int]:
-        return Counter(row.task.status for row in self._rows.values())
+        return Counter(record.task.status for record in self._records.values())
 
     async def forget(self, task_id: str) -> None:
-        self._rows.pop(task_id, None)
+        async with self._changing:
+            await self._change(forgotten=[task_id])
 
-    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
-        row = self._rows.get(state.task_id)
-        if row is None:
-            raise _not_found(state.task_id)
-        self._check_claim(state.task_id)
-        self._end_claim(state)
-        row.task, row.state = task or row.task, state
-        row.log.extend(events)
-        excess = len(row.log) - self._settings.max_events
-        if excess > self._settings.max_events // 8:  # in strides: dropping from the front of a list moves the rest
-            del row.log[:excess]
-            row.dropped += excess
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
+        record = await self.load(task_id)
+        if task_id in self._claims or record.task.status not in statuses:
+            return None
+        self._claims[task_id] = Claim(self, record)
+        return self._claims[task_id]
+
+    async def write(
+        self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
+    ) -> None:
+        async with self._changing:
+            self._check(claim)
+            before = self._records[state.task_id]
+            await self._change(Record(task or before.task, state, before.first_event_id), events)
+            if state.status in ENDED:
+                self._end(claim)
+
+    async def release(self, claim: Claim) -> None:
+        self._end(claim)
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        if (row := self._rows.get(task_id)) is None:
+        log = self._logs.get(task_id)
+        if not log:
             return ()
-        start = max(after - row.dropped, len(row.log) - self._settings.max_events, 0)
-        return row.log[start : start + limit]
-
-    async def first_event_id(self, task_id: str) -> int:
-        row = self._rows.get(task_id)
-        return 1 if row is None else row.dropped + 1 + max(0, len(row.log) - self._settings.max_events)
-
-    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
-        task, state = await self.load(task_id)
-        if task_id in self._claimed or task.status not in statuses:
-            return None
-        self._claimed.add(task_id)
-        return task, state
+        start = max(after + 1 - log[0].id, len(log) - self._settings.max_events, 0)
+        return log[start : start + limit]
 
     async def sweep(self) -> Sweep:
-        idle = {key: row.task for key, row in self._rows.items() if key not in self._claimed}
-        orphans = [key for key, task in idle.items() if task.status is TaskStatus.RUNNING]
-        expired = [key for key, task in idle.items() if task.updated_at < self._limit() and key not in orphans]
-        for task_id in expired:
-            del self._rows[task_id]
+        oldest = now(time.time() - self._settings.max_age)
+        idle = [record.task for id, record in self._records.items() if id not in self._claims]
+        orphans = [task.id for task in idle if task.status is TaskStatus.RUNNING]
+        old = [task for task in idle if task.updated_at < oldest]
+        expired = [task.id for task in old if task.status is not TaskStatus.RUNNING]
+        if expired:
+            async with self._changing:
+                await self._change(forgotten=expired)
         return Sweep(orphans, expired)
 
+    async def _change(
+        self,
+        record: Record | None = None,
+        events: Sequence[Event] = (),
+        forgotten: Sequence[str] = (),
+    ) -> None:
+        """One change, whole or not at all, while `_changing` is held."""
+        await self._journal(record, events, forgotten)
+        for task_id in forgotten:
+            self._records.pop(task_id, None)
+            self._claims.pop(task_id, None)
+        if record is not None:
+            self._records[record.task.id] = record
 
-SCHEMA = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS tasks (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, updated_at TEXT NOT NULL,
-    task TEXT NOT NULL, state TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (status, number);
-CREATE TABLE IF NOT EXISTS events (
-    task_id TEXT NOT NULL, event_id INTEGER NOT NULL, event_type TEXT NOT NULL, data TEXT NOT NULL,
-    PRIMARY KEY (task_id, event_id)
-) WITHOUT ROWID;
-PRAGMA user_version = 1;
-COMMIT;
-"""
+    async def _journal(
+        self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
+    ) -> None:
+        """What is kept of a change before it takes effect: here the logs."""
+        for task_id in forgotten:
+            self._logs.pop(task_id, None)
+        if record is None or not events:
+            return
+        log = self._logs[record.task.id]
+        log.extend(events)
+        excess = len(log) - self._settings.max_events
+        if excess > self._settings.max_events // 8:  # in strides: each moves the rest of the list
+            del log[:excess]
+
+
+# -----------------------------------------------------------------------------
+# SQLite
+# -----------------------------------------------------------------------------
+
+
 T = TypeVar("T")
 
 
-class SqliteStore(_LocalStore):
-    """A file that outlives the process, however that ends. One server has it at a time.
+class SqliteStore(MemoryStore):
+    """The memory store with a journal, a file that outlives the process, however that ends.
 
-    Writes are committed in groups: what gathers during one commit is the next. Raises SettingsError
-    for a file that cannot be used.
+    One server has the file at a time: tasks live in memory, only logs are read back. Raises
+    SettingsError for a file that cannot be used.
     """
 
     PAGE_BYTES = 1 << 20  # of events read at once
+    SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS tasks (
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
+        updated_at TEXT NOT NULL, task TEXT NOT NULL, state TEXT NOT NULL
+    );
+    CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (status, number);
+    CREATE TABLE IF NOT EXISTS events (
+        task_id TEXT NOT NULL, event_id INTEGER NOT NULL, event_type TEXT NOT NULL,
+        data TEXT NOT NULL, PRIMARY KEY (task_id, event_id)
+    ) WITHOUT ROWID;
+    PRAGMA user_version = 1;
+    COMMIT;
+    """
+    SAVE = """
+    INSERT INTO tasks (id, status, updated_at, task, state) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET status = excluded.status, updated_at = excluded.updated_at,
+        task = excluded.task, state = excluded.state
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._path = Path(settings.db).expanduser().resolve()
-        self._pending: list[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]]] = []
-        self._wake = asyncio.Event()
         self._one_reader = anyio.CapacityLimiter(1)
         with self._connected():  # or it is an error now
             pass
@@ -1049,81 +1158,75 @@ class SqliteStore(_LocalStore):
         with contextlib.ExitStack() as stack:
 
             def connect(path: str, timeout: float) -> sqlite3.Connection:
-                connection = sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+                connection = sqlite3.connect(
+                    path, timeout, isolation_level=None, check_same_thread=False
+                )
                 return stack.enter_context(contextlib.closing(connection))
 
             try:
-                connect(f"{self._path}.lock", 0).execute("BEGIN EXCLUSIVE")  # held while this process has the file
-                # The lease is the patience with a lock that somebody's shell holds.
-                self._writer, self._reader = (connect(str(self._path), self._settings.lease) for _ in range(2))
+                lock = connect(f"{self._path}.lock", 0)
+                lock.execute("BEGIN EXCLUSIVE")  # held while this process has the file
+                self._writer = connect(str(self._path), 0)
+                self._wait_for_locks(self._settings.lease)
+                self._reader = connect(str(self._path), self._settings.lease)
                 (version,) = self._writer.execute("PRAGMA user_version").fetchone()
                 if version not in (0, 1):
-                    raise SettingsError(f"db {self._path} has schema version {version}, and this streamer knows 1")
-                self._writer.executescript(SCHEMA)
+                    has = f"has schema version {version}"
+                    raise SettingsError(f"db {self._path} {has}, and this streamer knows 1")
+                self._writer.executescript(self.SCHEMA)
+                rows = self._writer.execute("SELECT task, state FROM tasks ORDER BY number")
+                records = [_load(task, state, first_event_id=0) for task, state in rows]
+                # 0: it is looked up when it is asked for.
+                self._records = {record.task.id: record for record in records}
+            except StoreUnavailable as error:
+                raise SettingsError(f"db {self._path} cannot be used: {error}") from None
             except sqlite3.Error as error:
                 why = {
-                    "SQLITE_BUSY": "another streamer uses it; give each its own file, or all of them one redis_url",
+                    "SQLITE_BUSY": "another streamer uses it; "
+                    "give each its own file, or all of them one redis_url",
                     "SQLITE_CANTOPEN": "its folder must exist and be writable",
                     "SQLITE_NOTADB": "it is another kind of file",
                 }.get(error.sqlite_errorname, "is it a SQLite file that may be written?")
                 raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
             yield
 
+    def _wait_for_locks(self, seconds: float) -> None:
+        """How long a write waits for a lock that somebody's shell holds."""
+        self._writer.execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
+
     @contextlib.asynccontextmanager
     async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
-        self._notify = notify
         with self._connected():
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._commit_groups)
+            async with super().opened(notify):
                 yield
-                group.cancel_scope.cancel()
 
-    async def _commit_groups(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._pending = self._pending, []
-            outcomes = await anyio.to_thread.run_sync(self._commit, [operation for operation, _ in batch])
-            for (_, future), (result, error) in zip(batch, outcomes, strict=True):
-                if future.done():  # cancelled: nobody waits any more
-                    continue
-                if error is None:
-                    future.set_result(result)
-                else:
-                    future.set_exception(error)
+    async def load(self, task_id: str) -> Record:
+        record = self._records.get(task_id)
+        if record is not None and record.first_event_id == 0:
+            query = "SELECT coalesce(min(event_id), 1) FROM events WHERE task_id = ?"
+            (first,) = await self._read(lambda db: db.execute(query, (task_id,)).fetchone())
+            newest = self._records.get(task_id)
+            if newest is not None:
+                self._records[task_id] = newest._replace(first_event_id=first)
+        return await super().load(task_id)
 
-    def _commit(self, operations: Sequence[Callable[[sqlite3.Connection], Any]]) -> list[tuple[Any, Exception | None]]:
-        outcomes: list[tuple[Any, Exception | None]] = []
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            for operation in operations:
-                try:
-                    outcomes.append((operation(self._writer), None))
-                except StreamerError as error:  # raised before anything was changed
-                    outcomes.append((None, error))
-            self._writer.execute("COMMIT")
-            return outcomes
-        except sqlite3.Error as error:
-            if self._writer.in_transaction:
-                self._writer.rollback()
-            if 0 < len(outcomes) < len(operations):  # the fault is one operation's: the others go on without it
-                return [outcome for operation in operations for outcome in self._commit([operation])]
-            return [(None, self._unavailable(error))] * len(operations)
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        query = """
+        SELECT event_id, event_type, data FROM events WHERE task_id = ? AND event_id > ?
+        ORDER BY event_id
+        """
 
-    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
-        return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
+        def read(db: sqlite3.Connection) -> list[Event]:
+            found = []
+            size = 0
+            for event_id, event_type, data in islice(db.execute(query, (task_id, after)), limit):
+                found.append(Event(event_id, EventType(event_type), data))
+                size += len(data)
+                if size > self.PAGE_BYTES:
+                    break
+            return found
 
-    async def _write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._pending.append((operation, future))
-        self._wake.set()
-        try:
-            result = await future
-        except StoreUnavailable as error:
-            self._say(str(error))
-            raise
-        self._say(None)
-        return result
+        return await self._read(read)
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -1131,391 +1234,508 @@ class SqliteStore(_LocalStore):
         except sqlite3.Error as error:
             raise self._unavailable(error) from None
 
-    async def create(self, task: Task) -> Sequence[str]:
-        row = (task.id, task.status, task.updated_at, _dump(task), _dump(TaskState(task_id=task.id)))
-
-        def create(db: sqlite3.Connection) -> Sequence[str]:
-            if db.execute("SELECT 1 FROM tasks WHERE id = ?", (task.id,)).fetchone():
-                raise TaskExists(f"task {task.id} exists")
-            (count,) = db.execute("SELECT count(*) FROM tasks").fetchone()
-            excess = max(0, count + 1 - self._settings.max_tasks)
-            ended = "SELECT id FROM tasks WHERE status NOT IN ('PENDING', 'RUNNING') ORDER BY number LIMIT ?"
-            forgotten = [task_id for (task_id,) in db.execute(ended, (excess,))]
-            if len(forgotten) < excess:
-                raise _too_many(self._settings)
-            self._forget(db, forgotten)
-            db.execute("INSERT INTO tasks (id, status, updated_at, task, state) VALUES (?, ?, ?, ?, ?)", row)
-            return forgotten
-
-        return await self._write(create)
-
-    def _forget(self, db: sqlite3.Connection, task_ids: Sequence[str]) -> None:
-        for table, column in (("events", "task_id"), ("tasks", "id")):
-            db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(task_id,) for task_id in task_ids])
-
-    async def load(self, task_id: str) -> Record:
-        query = "SELECT task, state FROM tasks WHERE id = ?"
-        found = await self._read(lambda db: db.execute(query, (task_id,)).fetchone())
-        if found is None:
-            raise _not_found(task_id)
-        return _load(*found)
-
-    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
-        where, values = ("WHERE status = ?", [status]) if status else ("", [])
-
-        def page(db: sqlite3.Connection) -> tuple[list[Task], int]:
-            (total,) = db.execute(f"SELECT count(*) FROM tasks {where}", values).fetchone()
-            query = f"SELECT task, state FROM tasks {where} ORDER BY number DESC LIMIT ? OFFSET ?"
-            return [_load(*row)[0] for row in db.execute(query, [*values, limit, offset])], total
-
-        return await self._read(page)
-
-    async def count(self) -> Mapping[TaskStatus, int]:
-        query = "SELECT status, count(*) FROM tasks GROUP BY status"
-        return await self._read(lambda db: {TaskStatus(status): count for status, count in db.execute(query)})
-
-    async def forget(self, task_id: str) -> None:
-        await self._write(lambda db: self._forget(db, [task_id]))
-
-    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
-        key, text, oldest = state.task_id, _dump(state), state.last_event_id - self._settings.max_events
-        values = [(key, event.event_id, event.event_type, event.data) for event in events]
-        row = None if task is None else (task.status, task.updated_at, _dump(task))
-
-        def write(db: sqlite3.Connection) -> None:
-            if db.execute("UPDATE tasks SET state = ? WHERE id = ?", (text, key)).rowcount == 0:
-                raise _not_found(key)
-            if row:
-                db.execute("UPDATE tasks SET status = ?, updated_at = ?, task = ? WHERE id = ?", (*row, key))
-            db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", values)
-            if oldest > 0:
-                db.execute("DELETE FROM events WHERE task_id = ? AND event_id <= ?", (key, oldest))
-
-        self._check_claim(key)
-        await self._write(write)
-        self._end_claim(state)
-
-    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        query = "SELECT event_id, event_type, data FROM events WHERE task_id = ? AND event_id > ? ORDER BY event_id"
-
-        def read(db: sqlite3.Connection) -> list[Event]:
-            found, size = [], 0
-            for row in islice(db.execute(query, (task_id, after)), limit):
-                found.append(Event.restored(*row))
-                if (size := size + len(row[2])) > self.PAGE_BYTES:
-                    break
-            return found
-
-        return await self._read(read)
-
-    async def first_event_id(self, task_id: str) -> int:
-        query = "SELECT min(event_id) FROM events WHERE task_id = ?"
-        return await self._read(lambda db: db.execute(query, (task_id,)).fetchone()[0] or 1)
-
-    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
-        if task_id in self._claimed:
-            return None
-        self._claimed.add(task_id)
-        record = None
-        try:
-            record = await self.load(task_id)
-            return record if record[0].status in statuses else None
-        finally:
-            if record is None or record[0].status not in statuses:
-                self._claimed.discard(task_id)
-
     async def sweep(self) -> Sweep:
         if self.error:
-            await self._write(lambda db: None)  # does it work again?
-        query = "SELECT id, status, updated_at FROM tasks WHERE status = 'RUNNING' OR updated_at < ?"
-        rows = await self._read(lambda db: db.execute(query, (self._limit(),)).fetchall())
-        idle = [(task_id, status == TaskStatus.RUNNING) for task_id, status, _ in rows if task_id not in self._claimed]
-        expired = [task_id for task_id, running in idle if not running]
-        if expired:
-            await self._write(lambda db: self._forget(db, expired))
-        return Sweep([task_id for task_id, running in idle if running], expired)
+            async with self._changing:
+                await self._change()  # does it work again?
+        return await super().sweep()
+
+    async def _journal(
+        self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
+    ) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._commit, record, events, forgotten)
+        except sqlite3.Error as error:
+            self._set_error(str(self._unavailable(error)))
+            raise self._unavailable(error) from None
+        self._set_error(None)
+
+    def _commit(
+        self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
+    ) -> None:
+        db = self._writer
+        # While it fails nobody waits again: who comes next would wait for all before it.
+        self._wait_for_locks(0 if self.error else self._settings.lease)
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            for task_id in forgotten:
+                db.execute("DELETE FROM events WHERE task_id = ?", (task_id,))
+                db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+            if record is None:
+                return
+            task, state, _ = record
+            saved = (task.id, task.status, task.updated_at, _dump(task), _dump(state))
+            db.execute(self.SAVE, saved)
+            rows = [(task.id, event.id, event.type, event.data) for event in events]
+            db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
+            dropped = state.last_event_id - self._settings.max_events
+            if dropped > 0:
+                query = "DELETE FROM events WHERE task_id = ? AND event_id <= ?"
+                db.execute(query, (task.id, dropped))
+
+    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+        return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
 
 
-# Redis: what must be one step is a script. One hash and one stream a task, an index, and a lease a replica.
-INDEX, TASK, LOG, LEASE = "streamer:tasks", "streamer:task:", "streamer:log:", "streamer:lease:"
-NEWS = "streamer:news"  # a channel: the hash that was written to, or nothing where a sweep is asked for
-CREATE = """
-if redis.call('EXISTS', KEYS[2]) == 1 then  -- by this very call, if its answer got lost
-  return redis.call('HGET', KEYS[2], 'task') == ARGV[2] and {} or 'exists'
-end
-local excess, forgotten = redis.call('ZCARD', KEYS[1]) + 1 - ARGV[5], {}
-for _, id in ipairs(excess > 0 and redis.call('ZRANGE', KEYS[1], 0, -1) or {}) do
-  local status = redis.call('HGET', ARGV[6] .. id, 'status')
-  if #forgotten < excess and status ~= 'PENDING' and status ~= 'RUNNING' then table.insert(forgotten, id) end
-end
-if #forgotten < excess then return 'full' end
-for _, id in ipairs(forgotten) do
-  redis.call('DEL', ARGV[6] .. id, ARGV[7] .. id)
-  redis.call('ZREM', KEYS[1], id)
-end
-local time = redis.call('TIME')
-redis.call('ZADD', KEYS[1], time[1] .. string.format('%06d', time[2]), ARGV[1])
-redis.call('HSET', KEYS[2], 'status', 'PENDING', 'task', ARGV[2], 'state', ARGV[3])
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-return forgotten
-"""
-SCAN = """
-local found = {}
-for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, -1)) do
-  local task = redis.call('HMGET', ARGV[1] .. id, 'status', 'owner', 'cancel')
-  local alive = task[2] and redis.call('EXISTS', ARGV[2] .. task[2]) or 0
-  table.insert(found, {id, task[1] or '', task[2] or '', alive, task[3] or ''})
-end
-return found
-"""
-CLAIM = """
-local task, wanted = redis.call('HMGET', KEYS[1], 'status', 'owner', 'task', 'state'), false
-for i = 3, #ARGV do wanted = wanted or task[1] == ARGV[i] end
-local owned = task[2] and task[2] ~= ARGV[1] and redis.call('EXISTS', ARGV[2] .. task[2]) == 1
-if owned or not wanted then return {} end
-redis.call('HSET', KEYS[1], 'owner', ARGV[1])
-redis.call('HDEL', KEYS[1], 'cancel')
-for i = 1, 2 do redis.call('PERSIST', KEYS[i]) end
-return {task[3], task[4]}
-"""
-RELEASE = """
-if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then
-  redis.call('HDEL', KEYS[1], 'owner', 'cancel')
-  for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[2]) end
-end
-"""
-CANCEL = """
-if redis.call('HEXISTS', KEYS[1], 'owner') == 1 then redis.call('HSET', KEYS[1], 'cancel', '1') end
-redis.call('PUBLISH', ARGV[1], '')
-"""
-WRITE = """
-local mine = redis.call('HGET', KEYS[1], 'owner') == ARGV[1]
-local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
-if ARGV[8] and newest and tonumber(ARGV[8]) <= tonumber(string.match(newest[1], '%d+')) then
-  if newest[1] == ARGV[#ARGV - 2] .. '-0' and newest[2][4] == ARGV[#ARGV] then return 1 end  -- the answer got lost
-  if mine then return redis.error_reply('ERR events out of order') end
-end
-if not mine then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[2])
-for i = 8, #ARGV, 3 do
-  redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], ARGV[i] .. '-0', 'type', ARGV[i + 1], 'data', ARGV[i + 2])
-end
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'status', ARGV[3], 'task', ARGV[4]) end
-if ARGV[3] ~= '' and ARGV[3] ~= 'PENDING' and ARGV[3] ~= 'RUNNING' then
-  redis.call('HDEL', KEYS[1], 'owner', 'cancel')
-  for i = 1, 2 do redis.call('EXPIRE', KEYS[i], ARGV[6]) end
-end
-redis.call('PUBLISH', ARGV[7], KEYS[1])
-return 1
-"""
-SCRIPTS = {"create": CREATE, "scan": SCAN, "claim": CLAIM, "release": RELEASE, "cancel": CANCEL, "write": WRITE}
+# -----------------------------------------------------------------------------
+# Redis
+# -----------------------------------------------------------------------------
 
 
-class _Scanned(NamedTuple):
-    task_id: str
-    status: str  # empty: it has expired
-    owner: str
-    alive: int
-    cancel: str
+class RedisLink:
+    """The way to a Redis that may be away.
 
-
-class RedisStore(_Fallible):
-    """A Redis that several replicas share. Each keeps a lease while it lives; the tasks of one whose lease ran out
-    can be claimed by another, and then no longer be written to by it.
-
-    Calls are tried again while Redis is away, until `lease` seconds after it last answered. Raises
-    SettingsError where it cannot be reached at the start.
+    Calls are tried again until `lease` seconds after it last answered; `notify` is told why it
+    does not answer, and None when it does. Raises SettingsError where it cannot be reached now.
     """
 
-    PAGE, PAGE_BYTES = 256, 1 << 20  # of events read at once
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._lease = settings, settings.lease
-        self._max_age = math.ceil(settings.max_age)
-        self._replica = uuid.uuid4().hex
-        self._claiming: set[str] = set()
-        self._claimed: dict[str, object] = {}
-        self._page = self.PAGE
-        self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # hash → who waits for news of it
-        self._attention = asyncio.Event()
-        self._asyncio = importlib.import_module("redis.asyncio")
+    def __init__(self, settings: Settings, notify: Callable[[str | None], None]) -> None:
+        self._settings = settings
+        self._lease = settings.lease
+        self._notify = notify
         self._errors = importlib.import_module("redis").exceptions
         # A connection that closes under a command is a RuntimeError of uvloop's.
-        self._away = (self._errors.ConnectionError, self._errors.TimeoutError, OSError, RuntimeError)
-        self._options: dict[str, Any] = {"socket_timeout": min(5.0, self._lease), "decode_responses": True}
+        self._away = (
+            self._errors.ConnectionError,
+            self._errors.TimeoutError,
+            OSError,
+            RuntimeError,
+        )
+        self._options: dict[str, Any] = {
+            "socket_timeout": min(5.0, self._lease),
+            "decode_responses": True,
+        }
         try:
             parts = urlsplit(settings.redis_url)
-            where = f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
-            self._url = f"{parts.scheme}://{where}"  # without user and password
-            redis = importlib.import_module("redis").Redis.from_url(settings.redis_url, **self._options)
-            with redis:
+            port = f":{parts.port}" if parts.port else ""
+            # Without user and password.
+            self._url = f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+            client = importlib.import_module("redis").Redis
+            with client.from_url(settings.redis_url, **self._options) as redis:
                 redis.ping()
         except self._errors.RedisError as error:
             raise SettingsError(f"the Redis at {self._url} cannot be used: {error}") from None
         except (ValueError, TypeError):  # whose text may hold the password
-            form = "redis://[[user]:password@]host[:port][/number], with % escapes in the password"
+            form = "redis://[[user]:password@]host[:port][/number], the password with % escapes"
             raise SettingsError(f"redis_url must be {form}") from None
 
     @contextlib.asynccontextmanager
-    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
-        self._notify = notify
-        self._answered = time.monotonic()
-        self._trust_from = self._answered + self._lease / 2
-        pool = self._asyncio.BlockingConnectionPool
-        pool = pool.from_url(self._settings.redis_url, max_connections=32, **self._options)
-        async with self._asyncio.Redis.from_pool(pool) as self._redis:
-            self._scripts = {name: self._redis.register_script(text) for name, text in SCRIPTS.items()}
-            await self._renew()
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._listen)
-                yield
-                group.cancel_scope.cancel()
-            with anyio.move_on_after(1, shield=True), contextlib.suppress(self._errors.RedisError, *self._away):
-                await self._redis.delete(LEASE + self._replica)  # another may go on at once
+    async def opened(self) -> AsyncIterator[None]:
+        asyncio_redis = importlib.import_module("redis.asyncio")
+        pool = asyncio_redis.BlockingConnectionPool.from_url(
+            self._settings.redis_url, max_connections=32, **self._options
+        )
+        self._last_answer = time.monotonic()
+        async with asyncio_redis.Redis.from_pool(pool) as self.redis:
+            yield
 
-    async def _listen(self) -> None:
-        """Passes on what other replicas tell: news of tasks, and that something is asked of this one."""
-        while True:
-            with contextlib.suppress(self._errors.RedisError, *self._away):
-                async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(NEWS)
-                    while True:
-                        if (message := await pubsub.get_message(timeout=self._lease)) is None:
-                            continue
-                        told = self._news.get(message["data"], set()) if message["data"] else {self._attention}
-                        if message["type"] != "message":  # subscribed, perhaps again: something may have got lost
-                            told = {self._attention}.union(*self._news.values())
-                        for event in told:
-                            event.set()
-            await anyio.sleep(0.2)
-
-    async def _call(self, command: Callable[[], Awaitable[Any]]) -> Any:
+    async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        """Raises StoreUnavailable."""
         while True:
             try:
                 answer = await command()
             except self._away as error:
-                silent = time.monotonic() - self._answered
-                self._say(f"the Redis at {self._url} cannot be reached: {error}")
+                silent = time.monotonic() - self._last_answer
+                away = f"the Redis at {self._url} cannot be reached: {error}"
+                self._notify(away)
                 if silent > self._lease:
-                    raise StoreUnavailable(f"{self.error} (for {silent:.0f} s)") from None
+                    raise StoreUnavailable(f"{away} (for {silent:.0f} s)") from None
                 await anyio.sleep(0.2)
             except self._errors.RedisError as error:
-                self._say(f"the Redis at {self._url} refused: {error}")
-                raise StoreUnavailable(str(self.error)) from None
+                refused = f"the Redis at {self._url} refused: {error}"
+                self._notify(refused)
+                raise StoreUnavailable(refused) from None
             else:
-                self._answered = time.monotonic()
-                if self.error:  # others may not have renewed their leases yet
-                    self._trust_from = self._answered + self._lease / 2
-                self._say(None)
+                self._last_answer = time.monotonic()
+                self._notify(None)
                 return answer
 
-    async def _script(self, name: str, keys: Sequence[str], *values: Any) -> Any:
-        return await self._call(partial(self._scripts[name], keys, values))
+    async def try_once(self, command: Callable[[], Awaitable[Any]]) -> None:
+        """For what others do too, if it fails."""
+        with contextlib.suppress(self._errors.RedisError, *self._away):
+            await command()
+
+    async def pipelined(self, fill: Callable[[Any], object], transaction: bool = False) -> Any:
+        """The answers to the commands that `fill` gives a pipeline, sent in one go."""
+
+        async def execute() -> Any:
+            async with self.redis.pipeline(transaction) as pipe:
+                fill(pipe)
+                return await pipe.execute()
+
+        return await self.call(execute)
+
+    async def for_each(self, names: Sequence[str], add: Callable[[Any, str], object]) -> Any:
+        """The answers to one command for each name."""
+
+        def fill(pipe: Any) -> None:
+            for name in names:
+                add(pipe, name)
+
+        return await self.pipelined(fill) if names else ()
+
+    async def changed(self, change: Callable[[Any], Awaitable[T]], *keys: str) -> T:
+        """Looks and changes in one step: again where a key changed meanwhile.
+
+        `change` reads, then calls `multi` and writes, or `unwatch`.
+        """
+        transaction = partial(self.redis.transaction, change, *keys, value_from_callable=True)
+        result: T = await self.call(transaction)
+        return result
+
+    async def listen(self, channel: str, hear: Callable[[str | None], object]) -> None:
+        """Has `hear` called with each message; with None where some may have got lost."""
+
+        async def subscribed() -> None:
+            async with self.redis.pubsub() as pubsub:
+                await pubsub.subscribe(channel)
+                while True:
+                    message = await pubsub.get_message(timeout=self._lease)
+                    if message is not None:
+                        hear(message["data"] if message["type"] == "message" else None)
+
+        while True:
+            await self.try_once(subscribed)
+            await anyio.sleep(0.2)
+
+
+class RedisStore(Store):
+    """A Redis that several replicas share.
+
+    Each keeps a lease while it lives; the tasks of one whose lease ran out can be claimed by
+    another, and then no longer be written to by it.
+    """
+
+    TASK = "streamer:task:"  # a hash: status, task, state, and while it is claimed its owner
+    LOG = "streamer:log:"  # a stream: the task's events, by their numbers
+    TASKS = "streamer:tasks"  # sorted by creation: all tasks, and with a status behind it those
+    CLAIMED = "streamer:claimed"  # a set: the tasks that have an owner
+    CANCELS = "streamer:cancels"  # a hash: the tasks whose owner is asked to cancel them
+    LEASE = "streamer:lease:"  # a replica lives
+    NEWS = "streamer:news"  # a channel: the task that was written to; nothing: a sweep is asked for
+    WRITE = """
+    local task, log, tasks, claimed, cancels = unpack(KEYS)
+    local id, replica, status, record, state, max_events, max_age, channel = unpack(ARGV, 1, 8)
+    local first_event = 9  -- then three values for each: number, type, data
+    local mine = redis.call('HGET', task, 'owner') == replica
+    local newest = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
+    if ARGV[first_event] and newest
+      and tonumber(ARGV[first_event]) <= tonumber(string.match(newest[1], '%d+')) then
+      local number, data = ARGV[#ARGV - 2], ARGV[#ARGV]
+      if newest[1] == number .. '-0' and newest[2][4] == data then
+        return 1  -- this call was here before, and its answer got lost
+      end
+      if mine then return redis.error_reply('ERR events out of order') end
+    end
+    if not mine then return 0 end
+    redis.call('HSET', task, 'state', state)
+    for i = first_event, #ARGV, 3 do
+      local number, type, data = unpack(ARGV, i, i + 2)
+      redis.call('XADD', log, 'MAXLEN', max_events, number .. '-0', 'type', type, 'data', data)
+    end
+    if status ~= '' then
+      redis.call('ZREM', tasks .. ':' .. redis.call('HGET', task, 'status'), id)
+      redis.call('ZADD', tasks .. ':' .. status, redis.call('ZSCORE', tasks, id), id)
+      redis.call('HSET', task, 'status', status, 'task', record)
+      if status ~= 'PENDING' and status ~= 'RUNNING' then
+        redis.call('HDEL', task, 'owner')
+        redis.call('SREM', claimed, id)
+        redis.call('HDEL', cancels, id)
+        redis.call('EXPIRE', task, max_age)
+        redis.call('EXPIRE', log, max_age)
+      end
+    end
+    redis.call('PUBLISH', channel, id)
+    return 1
+    """
+    PAGE = 256  # events read at once, and about
+    PAGE_BYTES = 1 << 20  # of them
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._lease = settings.lease
+        self._max_age = math.ceil(settings.max_age)
+        self._replica = uuid.uuid4().hex
+        self._claiming: set[str] = set()
+        self._page = self.PAGE
+        self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # task → who waits for it
+        self._attention = asyncio.Event()
+        self._link = RedisLink(settings, self._hear_of_link)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
+        self._trust_leases()
+        async with self._link.opened(), super().opened(notify):
+            self._write = self._link.redis.register_script(self.WRITE)
+            await self._renew()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._link.listen, self.NEWS, self._hear)
+                yield
+                group.cancel_scope.cancel()
+            with anyio.move_on_after(1, shield=True):  # so that another goes on at once
+                leave = partial(self._link.redis.delete, self.LEASE + self._replica)
+                await self._link.try_once(leave)
+
+    def _hear_of_link(self, error: str | None) -> None:
+        if error is None and self.error is not None:
+            self._trust_leases()
+        self._set_error(error)
+
+    def _trust_leases(self) -> None:
+        """In a while: after Redis was away others may not have renewed theirs yet."""
+        self._trust_from = time.monotonic() + self._lease / 2
+
+    def _hear(self, news: str | None) -> None:
+        """What other replicas tell: a task was written to, or a sweep is asked for."""
+        if news is None:
+            told = {self._attention}.union(*self._news.values())
+        elif news:
+            told = self._news.get(news, set())
+        else:
+            told = {self._attention}
+        for event in told:
+            event.set()
 
     async def _renew(self) -> None:
-        await self._call(partial(self._redis.set, LEASE + self._replica, "", px=int(667 * self._lease)))
+        # Two thirds of it: with the time to the next sweep others have noticed within a lease.
+        milliseconds = int(667 * self._lease)
+        key = self.LEASE + self._replica
+        await self._link.call(partial(self._link.redis.set, key, "", px=milliseconds))
+
+    def _unlist(self, pipe: Any, task_id: str) -> None:
+        pipe.zrem(self.TASKS, task_id)
+        for status in TaskStatus:
+            pipe.zrem(f"{self.TASKS}:{status}", task_id)
+        self._disown(pipe, task_id)
+
+    def _disown(self, pipe: Any, task_id: str) -> None:
+        pipe.srem(self.CLAIMED, task_id)
+        pipe.hdel(self.CANCELS, task_id)
 
     async def create(self, task: Task) -> Sequence[str]:
-        values = task.id, _dump(task), _dump(TaskState(task_id=task.id)), self._max_age
-        keys, limit = [INDEX, TASK + task.id], self._settings.max_tasks
-        forgotten: Sequence[str] = await self._script("create", keys, *values, limit, TASK, LOG)
-        if forgotten == "exists":
-            raise TaskExists(f"task {task.id} exists")
-        if forgotten == "full":
-            raise _too_many(self._settings)
-        return forgotten
+        key = self.TASK + task.id
+        text = _dump(task)
+
+        async def create(pipe: Any) -> Sequence[str]:
+            known = await pipe.hget(key, "task")
+            if known is not None:
+                if known != text:
+                    raise TaskExists(f"task {task.id} exists")
+                await pipe.unwatch()  # this call was here before, and its answer got lost
+                return ()
+            forgotten = await self._make_room(pipe)
+            pipe.multi()
+            for task_id in forgotten:
+                pipe.delete(self.TASK + task_id, self.LOG + task_id)
+                self._unlist(pipe, task_id)
+            created = {task.id: time.time_ns() // 1000}
+            pipe.zadd(self.TASKS, created)
+            pipe.zadd(f"{self.TASKS}:{task.status}", created)
+            state = _dump(TaskState(task_id=task.id))
+            pipe.hset(key, mapping={"status": task.status, "task": text, "state": state})
+            pipe.expire(key, self._max_age)
+            return forgotten
+
+        return await self._link.changed(create, key, self.TASKS)
+
+    async def _make_room(self, pipe: Any) -> Sequence[str]:
+        """The oldest ended tasks, as many as there are too many with one more."""
+        excess = await pipe.zcard(self.TASKS) + 1 - self._settings.max_tasks
+        ended: list[tuple[float, str]] = []
+        for status in ENDED if excess > 0 else ():
+            key = f"{self.TASKS}:{status}"
+            oldest = await pipe.zrange(key, 0, excess - 1, withscores=True)
+            ended += [(created, task_id) for task_id, created in oldest]
+        if len(ended) < excess:
+            raise self._too_many()
+        return [task_id for _, task_id in sorted(ended)[: max(0, excess)]]
 
     async def load(self, task_id: str) -> Record:
-        task, state = await self._call(lambda: self._redis.hmget(TASK + task_id, "task", "state"))
+        (task, state), oldest = await self._link.pipelined(
+            lambda pipe: pipe.hmget(self.TASK + task_id, "task", "state").xrange(
+                self.LOG + task_id, count=1
+            )
+        )
         if task is None:
-            raise _not_found(task_id)
-        return _load(task, state)
+            raise self._not_found(task_id)
+        return _load(task, state, first_event_id=self._number(oldest))
 
-    async def _scan(self) -> list[_Scanned]:
-        return [_Scanned(*row) for row in await self._script("scan", [INDEX], TASK, LEASE)]
+    @staticmethod
+    def _number(entries: Sequence[tuple[str, Any]]) -> int:
+        return int(entries[0][0].removesuffix("-0")) if entries else 1
 
-    async def page(self, status: TaskStatus | None, offset: int, limit: int) -> tuple[list[Task], int]:
-        found = [row.task_id for row in await self._scan() if row.status and status in (None, row.status)]
+    async def page(
+        self, status: TaskStatus | None, offset: int, limit: int
+    ) -> tuple[list[Task], int]:
+        key = self.TASKS if status is None else f"{self.TASKS}:{status}"
+        last = offset + limit - 1
+        total, ids = await self._link.pipelined(
+            lambda pipe: pipe.zcard(key).zrevrange(key, offset, last)
+        )
 
-        async def read() -> Any:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for task_id in found[offset : offset + limit]:
-                    pipe.hmget(TASK + task_id, "task", "state")
-                return await pipe.execute()
-
-        return [_load(task, state)[0] for task, state in await self._call(read) if task], len(found)
+        found = await self._link.for_each(
+            ids, lambda pipe, task_id: pipe.hmget(self.TASK + task_id, "task", "state")
+        )
+        return [_load(*texts).task for texts in found if texts[0]], total
 
     async def count(self) -> Mapping[TaskStatus, int]:
-        return Counter(TaskStatus(row.status) for row in await self._scan() if row.status)
+        statuses = list(TaskStatus)
+        counts = await self._link.for_each(
+            statuses, lambda pipe, status: pipe.zcard(f"{self.TASKS}:{status}")
+        )
+        return {status: n for status, n in zip(statuses, counts, strict=True) if n}
 
     async def forget(self, task_id: str) -> None:
-        async def forget() -> Any:
-            async with self._redis.pipeline() as pipe:
-                pipe.delete(TASK + task_id, LOG + task_id).zrem(INDEX, task_id).publish(NEWS, TASK + task_id)
-                return await pipe.execute()
+        def forget(pipe: Any) -> None:
+            pipe.delete(self.TASK + task_id, self.LOG + task_id)
+            self._unlist(pipe, task_id)
+            pipe.publish(self.NEWS, task_id)
 
-        await self._call(forget)
+        await self._link.pipelined(forget, transaction=True)
 
-    async def write(self, state: TaskState, events: Sequence[Event] = (), task: Task | None = None) -> None:
-        task_id = state.task_id
-        values: list[Any] = [_dump(state), task.status if task else "", _dump(task) if task else ""]
-        values += [self._settings.max_events, self._max_age, NEWS]
-        for event in events:
-            values += (event.event_id, event.event_type.value, event.data)
-        keys = [TASK + task_id, LOG + task_id]
-        if task_id not in self._claimed or not await self._script("write", keys, self._replica, *values):
-            self._claimed.pop(task_id, None)
-            raise LeaseLost(f"task {task_id} is not this replica's any more: another took it over")
-        if state.status in ENDED:
-            del self._claimed[task_id]
-
-    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        start, count = f"{after + 1}-0", min(limit, self._page)
-        found = await self._call(partial(self._redis.xrange, LOG + task_id, start, count=count))
-        if found:  # so that the next page has about PAGE_BYTES
-            average = sum(len(entry["data"]) for _, entry in found) / len(found)
-            self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
-        return [Event.restored(int(key[:-2]), entry["type"], entry["data"]) for key, entry in found]
-
-    async def first_event_id(self, task_id: str) -> int:
-        found = await self.read(task_id, 0, 1)
-        return found[0].event_id if found else 1
-
-    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Record | None:
-        if task_id in self._claimed or task_id in self._claiming:
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
+        if task_id in self._claims or task_id in self._claiming:
             return None
+        key = self.TASK + task_id
+        log = self.LOG + task_id
+
+        async def claim(pipe: Any) -> Record | None:
+            status, owner, task, state = await pipe.hmget(key, "status", "owner", "task", "state")
+            taken = owner and owner != self._replica and await pipe.exists(self.LEASE + owner)
+            if taken or status not in statuses:
+                await pipe.unwatch()
+                return None
+            first = self._number(await pipe.xrange(log, count=1))
+            pipe.multi()
+            self._disown(pipe, task_id)
+            pipe.hset(key, "owner", self._replica)
+            pipe.sadd(self.CLAIMED, task_id)
+            pipe.persist(key)
+            pipe.persist(log)
+            return _load(task, state, first_event_id=first)
+
         self._claiming.add(task_id)
         try:
-            keys = [TASK + task_id, LOG + task_id]
-            if not (found := await self._script("claim", keys, self._replica, LEASE, *statuses)):
+            record = await self._link.changed(claim, key)
+            if record is None:
                 return None
-            self._claimed[task_id] = object()
-            return _load(*found)
+            self._claims[task_id] = Claim(self, record)
+            return self._claims[task_id]
         finally:
             self._claiming.discard(task_id)
 
-    async def release(self, task_id: str) -> None:
-        self._claimed.pop(task_id, None)
-        await self._script("release", [TASK + task_id, LOG + task_id], self._replica, self._max_age)
+    async def write(
+        self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
+    ) -> None:
+        self._check(claim)
+        task_id = state.task_id
+        keys = [self.TASK + task_id, self.LOG + task_id, self.TASKS, self.CLAIMED, self.CANCELS]
+        status, record = (task.status, _dump(task)) if task else ("", "")
+        values: list[Any] = [task_id, self._replica, status, record, _dump(state)]
+        values += [self._settings.max_events, self._max_age, self.NEWS]
+        for event in events:
+            values += (event.id, event.type, event.data)
+        if not await self._link.call(partial(self._write, keys, values)):
+            self._end(claim)
+            raise self._lost(task_id)
+        if state.status in ENDED:
+            self._end(claim)
+
+    def _lost(self, task_id: str) -> LeaseLost:
+        why = "another took it over, or it was deleted"
+        return LeaseLost(f"task {task_id} is not this replica's any more: {why}")
+
+    async def release(self, claim: Claim) -> None:
+        self._end(claim)
+        task_id = claim.record.task.id
+        key = self.TASK + task_id
+
+        async def release(pipe: Any) -> None:
+            if await pipe.hget(key, "owner") != self._replica:
+                await pipe.unwatch()
+                return
+            pipe.multi()
+            self._disown(pipe, task_id)
+            pipe.hdel(key, "owner")
+            pipe.expire(key, self._max_age)
+            pipe.expire(self.LOG + task_id, self._max_age)
+
+        await self._link.changed(release, key)
+
+    async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
+        start = f"{after + 1}-0"
+        count = min(limit, self._page)
+        found = await self._link.call(
+            partial(self._link.redis.xrange, self.LOG + task_id, start, count=count)
+        )
+        if found:  # so that the next page has about PAGE_BYTES
+            average = sum(len(entry["data"]) for _, entry in found) / len(found)
+            self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
+        return [
+            Event(int(key.removesuffix("-0")), EventType(entry["type"]), entry["data"])
+            for key, entry in found
+        ]
 
     async def sweep(self) -> Sweep:
-        held = dict(self._claimed)
+        held = dict(self._claims)
         await self._renew()
-        orphans, expired, lost, cancels = [], [], [], []
-        for task_id, status, owner, alive, cancel in await self._scan():
-            if self._claimed.get(task_id):
-                if owner != self._replica and self._claimed[task_id] is held.get(task_id):
-                    lost.append(task_id)
-                elif cancel:
-                    cancels.append(task_id)
-            elif not status:
-                if await self._call(partial(self._redis.zrem, INDEX, task_id)):
-                    expired.append(task_id)
-            elif status in ENDED or (status == TaskStatus.PENDING and not owner):
+        expired = await self._expired()
+        orphans = []
+        for task_id, status, owner, alive in await self._started(held):
+            claim = self._claims.get(task_id)
+            if claim is not None:
+                if claim is held.get(task_id) and owner != self._replica:
+                    self._end(claim)
+                    claim.tell(ClaimLost(self._lost(task_id)))
+            elif task_id in held or task_id in self._claiming:  # that is newer than what was read
                 continue
-            elif not alive or (owner == self._replica and task_id not in self._claiming):
+            elif owner is None:
+                orphans += [task_id] if status == TaskStatus.RUNNING else []
+            elif not alive or owner == self._replica:
                 orphans.append(task_id)
-        return Sweep(orphans if time.monotonic() > self._trust_from else (), expired, lost, cancels)
+        await self._pass_on_cancels()
+        return Sweep(orphans if time.monotonic() > self._trust_from else (), expired)
+
+    async def _started(self, held: Collection[str]) -> list[tuple[str, Any, Any, bool]]:
+        """The tasks that were started or are held: status, owner, and whether that lives."""
+        running, claimed = await self._link.pipelined(
+            lambda pipe: pipe.zrange(f"{self.TASKS}:{TaskStatus.RUNNING}", 0, -1).smembers(
+                self.CLAIMED
+            )
+        )
+        started = sorted({*running, *claimed, *held})
+        tasks = await self._link.for_each(
+            started, lambda pipe, task_id: pipe.hmget(self.TASK + task_id, "status", "owner")
+        )
+        owners = sorted({owner for _, owner in tasks if owner})
+        leases = await self._link.for_each(
+            owners, lambda pipe, owner: pipe.exists(self.LEASE + owner)
+        )
+        alive = dict(zip(owners, leases, strict=True))
+        return [
+            (task_id, status, owner, bool(alive.get(owner)))
+            for task_id, (status, owner) in zip(started, tasks, strict=True)
+        ]
+
+    async def _pass_on_cancels(self) -> None:
+        cancels = await self._link.call(partial(self._link.redis.hgetall, self.CANCELS))
+        for task_id, answer in cancels.items():
+            claim = self._claims.get(task_id)
+            if answer == "asked" and claim is not None and claim.tell(CancelAsked()):
+                accept = partial(self._link.redis.hset, self.CANCELS, task_id, "accepted")
+                await self._link.call(accept)
+
+    async def _expired(self) -> list[str]:
+        """The tasks whose hash has expired; takes them out of the lists."""
+        latest = time.time_ns() // 1000 - 1_000_000 * self._max_age
+        old = await self._link.call(partial(self._link.redis.zrangebyscore, self.TASKS, 0, latest))
+        exist = await self._link.for_each(old, lambda pipe, task_id: pipe.exists(self.TASK + task_id))
+        expired = []
+        for task_id in (task_id for task_id, exists in zip(old, exist, strict=True) if not exists):
+            (first, *_) = await self._link.pipelined(partial(self._unlist, task_id=task_id))
+            if first:  # by this replica, and not by another
+                expired.append(task_id)
+        return expired
 
     async def pause(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
@@ -1523,21 +1743,25 @@ class RedisStore(_Fallible):
         self._attention.clear()
 
     async def cancel(self, task_id: str) -> bool:
-        await self._script("cancel", [TASK + task_id], NEWS)
-        while True:
-            asked, owner = await self._call(partial(self._redis.hmget, TASK + task_id, "cancel", "owner"))
-            if not asked:
+        end = time.monotonic() + 2 * self._lease  # by then its owner answers, or is none any more
+        await self._link.pipelined(
+            lambda pipe: pipe.hsetnx(self.CANCELS, task_id, "asked").publish(self.NEWS, "")
+        )
+        while time.monotonic() < end:
+            answer, owner = await self._link.pipelined(
+                lambda pipe: pipe.hget(self.CANCELS, task_id).hget(self.TASK + task_id, "owner")
+            )
+            if answer == "accepted":
                 return True
-            if not owner:
-                return False
+            if answer is None or owner is None:
+                break
             await anyio.sleep(0.02)
-
-    async def heard(self, task_id: str) -> None:
-        await self._call(partial(self._redis.hdel, TASK + task_id, "cancel"))
+        await self._link.call(partial(self._link.redis.hdel, self.CANCELS, task_id))
+        return False
 
     async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
         event = asyncio.Event()
-        self._news[TASK + task_id].add(event)
+        self._news[task_id].add(event)
         try:
             while True:
                 yield
@@ -1545,16 +1769,18 @@ class RedisStore(_Fallible):
                     await event.wait()
                 event.clear()
         finally:
-            self._news[TASK + task_id].discard(event)
-            if not self._news[TASK + task_id]:
-                del self._news[TASK + task_id]
+            self._news[task_id].discard(event)
+            if not self._news[task_id]:
+                del self._news[task_id]
 
 
 def open_store(settings: Settings) -> Store:
     """The store that the settings name. Raises SettingsError where it cannot be used."""
     if settings.redis_url:
         return RedisStore(settings)
-    return SqliteStore(settings) if settings.db else MemoryStore(settings)
+    if settings.db:
+        return SqliteStore(settings)
+    return MemoryStore(settings)
 
 
 # -----------------------------------------------------------------------------
@@ -1562,184 +1788,274 @@ def open_store(settings: Settings) -> Store:
 # -----------------------------------------------------------------------------
 
 
-class Delivery(NamedTuple):
+@dataclass(frozen=True)
+class Delivery:
     """What a client is sent next: events, then the state where it changed."""
 
-    events: Sequence[Event]
+    events: Batch
     state: str | None
+
+    @functools.cached_property
+    def frames(self) -> bytes:
+        return self.events.frames + (text_frame(self.state) if self.state else b"")
+
+    @property
+    def messages(self) -> list[str]:
+        return [event.message for event in self.events] + ([self.state] if self.state else [])
+
+    @property
+    def server_sent(self) -> str:
+        return self.events.server_sent + (f"data: {self.state}\n\n" if self.state else "")
+
+
+NO_EVENTS = Batch()
 
 
 class Broker:
-    """One per task: numbers events, stores them, hands them to every subscription, holds the state.
+    """One per task: numbers events, stores them, hands them to every client, holds the state.
 
-    Where another process runs the task, it follows what that one stores.
+    It writes while it has the task's claim; without it, it follows what another process stores.
     """
 
-    def __init__(self, task: Task, state: TaskState, store: Store, settings: Settings) -> None:
-        self.task, self.state, self.store, self.settings = task, state, store, settings
-        self.owned = False  # by a run of this process: nobody else writes
-        self.first_event_id = 1  # of those the log keeps, when a client last subscribed
-        self.version = 0  # of the state: a subscription compares it to know that it changed
-        self.closing: StreamerError | None = None
-        self.notice: str | None = None
-        self.follower: anyio.CancelScope | None = None
-        self._moving = anyio.Lock(fast_acquire=True)  # the place in the log: nobody else looks while it moves
+    def __init__(self, record: Record, store: Store, settings: Settings) -> None:
+        self.task = record.task
+        self.state = record.state
+        self.store = store
+        self.settings = settings
+        self.claim: Claim | None = None
         self.subscriptions: set[Subscription] = set()
-        self.loop = asyncio.get_running_loop()
+        self.state_version = 0  # a subscription compares it to know that the state changed
+        self.closing: StreamerError | None = None
+        self._oldest = record.first_event_id
+        self._notice: str | None = None
+        self._following: anyio.CancelScope | None = None
+        self._moving = anyio.Lock(fast_acquire=True)  # the place in the log moves
+        self._loop = asyncio.get_running_loop()
         self._beats: asyncio.TimerHandle | None = None
         self._encoded = (-1, -1, "")
-        self._server_sent: tuple[Sequence[Event], str] = ((), "")
 
     @property
     def ended(self) -> bool:
         return self.task.status in ENDED
 
-    async def publish(
-        self, drafts: Sequence[Draft] = (), task: Task | None = None, *, again: bool = False, **values: Any
-    ) -> None:
-        """Stores events and the state they lead to, then hands both over; waits for no client (guarantees 3, 4, 9).
+    @property
+    def unused(self) -> bool:
+        """Nobody watches, nobody writes, and nobody is about to."""
+        return not self.subscriptions and self.claim is None and not self._moving.locked()
 
-        `again`: the task begins anew, on the same log. Raises what the store does; then nothing has changed.
+    @property
+    def first_event_id(self) -> int:
+        """The number of the oldest event that the log keeps."""
+        return max(self._oldest, self.state.last_event_id - self.settings.max_events + 1)
+
+    # Writing
+
+    async def hold(self, claim: Claim) -> None:
+        """From now on this broker writes; first it hands over what others have stored."""
+        async with self._moving:
+            await self._follow_to(claim.record)
+            self.claim = claim
+
+    async def let_go(self, release: bool = True) -> None:
+        """Follows again. What is not released is taken over once this process is gone."""
+        if self.claim is not None and release:
+            with contextlib.suppress(StreamerError):  # without the store it runs out by itself
+                await self.claim.release()
+        self.claim = None
+
+    async def publish(
+        self,
+        drafts: Sequence[Draft] = (),
+        task: Task | None = None,
+        *,
+        again: bool = False,
+        **values: Any,
+    ) -> None:
+        """Stores events and the state they lead to, then hands both over; waits for no client
+        (guarantees 3, 4, 9).
+
+        `again`: the task begins anew, on the same log. Raises what `Claim.write` does; then
+        nothing has changed.
         """
         async with self._moving:
-            start = self.state.last_event_id + 1
-            events = [draft.numbered(start + index, self.task.id) for index, draft in enumerate(drafts)]
-            changes: dict[str, Any] = {"last_event_id": start - 1 + len(events)}
-            for draft in drafts:
-                if draft.event_type is EventType.AGENT_START:
-                    changes["current_agent"] = draft.agent_role
-                if draft.event_type not in (EventType.TOKEN, EventType.LOG):
-                    changes["last_message"] = draft.message
-            changes |= values
-            state = TaskState(task_id=self.task.id, cost=self.state.cost) if again else self.state
-            if "progress" in changes:  # never falls while a run lasts
-                changes["progress"] = max(state.progress, round(min(changes["progress"], 1.0), 3))
-            state = replace(state, **changes)
+            if self.claim is None:
+                raise LeaseLost(f"task {self.task.id} is not claimed here any more")
+            last = self.state.last_event_id
+            events = Batch(
+                draft.numbered(number, self.task.id)
+                for number, draft in enumerate(drafts, start=last + 1)
+            )
+            before = self.state
+            if again:
+                before = TaskState(task_id=self.task.id, cost=self.state.cost)
+            state = before.after(drafts, values, last + len(events))
             if task or state != self.state:
-                await self.store.write(state, events, task)
+                await self.claim.write(state, events, task)
                 self._adopt(state, events, task or self.task)
 
+    # Following
+
     async def catch_up(self) -> None:
-        """Hands over what is stored by now, whoever did it. Raises TaskNotFound, StoreUnavailable."""
+        """Hands over what another process has stored by now. Raises TaskNotFound."""
         async with self._moving:
-            if self.owned:
+            if self.claim is None:
+                await self._follow_to(await self.store.load(self.task.id))
+
+    async def follow(self) -> None:
+        """Catches up with every change, while anybody watches and another process may write.
+
+        Raises TaskNotFound where it was deleted.
+        """
+        if self._following is not None:
+            return
+        with anyio.CancelScope() as self._following:
+            try:
+                async with contextlib.aclosing(self.store.changes(self.task.id)) as changes:
+                    async for _ in changes:
+                        if self.claim or self.ended or self.closing:
+                            return
+                        with contextlib.suppress(StoreUnavailable):  # it comes back, or is lost
+                            await self.catch_up()
+            finally:
+                self._following = None
+
+    def stop_following(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+
+    async def _follow_to(self, record: Record) -> None:
+        self._oldest = record.first_event_id
+        while self.state.last_event_id < record.state.last_event_id:
+            last = self.state.last_event_id
+            events = Batch(await self.store.read(self.task.id, last, Subscription.PAGE))
+            if not events:
                 return
-            task, state = await self.store.load(self.task.id)
-            while (last := self.state.last_event_id) < state.last_event_id and not self.owned:
-                events = await self.store.read(self.task.id, last, Subscription.PAGE)
-                if not events or self.owned:
-                    return
-                whole = events[0].event_id == last + 1  # else each client finds out that it lags
-                self._adopt(replace(self.state, last_event_id=events[-1].event_id), events if whole else (), self.task)
-            if not self.owned:
-                self._adopt(replace(state, last_event_id=last), (), task)
+            state = replace(self.state, last_event_id=events[-1].id)
+            if events[0].id != last + 1:  # too old to be kept: each client finds that it lags
+                events = NO_EVENTS
+            self._adopt(state, events, self.task)
+        state = replace(record.state, last_event_id=self.state.last_event_id)
+        self._adopt(state, NO_EVENTS, record.task)
 
-    def _adopt(self, state: TaskState, events: Sequence[Event], task: Task) -> None:
-        changed = state != replace(self.state, last_event_id=state.last_event_id) or task.status != self.task.status
-        self.task, self.state = task, state
+    # Handing over
+
+    def _adopt(self, state: TaskState, events: Batch, task: Task) -> None:
+        unchanged = replace(self.state, last_event_id=state.last_event_id)
+        changed = state != unchanged or task.status != self.task.status
+        self.task = task
+        self.state = state
+        if self.ended and self.claim is not None:
+            self.claim = None  # which ended with the status
         if changed:
-            self.version += 1
+            self.state_version += 1
         if events or changed:
-            self._hand_over(events, changed)
+            delivery = Delivery(events, self.state_message() if changed else None)
+            for subscription in self.subscriptions:
+                subscription.offer(delivery)
         if self.ended:
-            self._wake()
+            self._wake_all()
 
-    def say(self, error: str | None) -> None:
-        """Tells the clients that the store does not answer, or does again: all that they see and is not stored."""
-        self.notice = error
-        self.version += 1
-        self._wake()
-
-    def _wake(self) -> None:
-        for subscription in self.subscriptions:
-            subscription.offer(())
-
-    def _hand_over(self, events: Sequence[Event], state_changed: bool) -> None:
-        frames, at, count = b"", 0.0, len(events)
-        cursor, version = self.state.last_event_id, self.version
-        for subscription in self.subscriptions:
-            if subscription.idle and subscription.write and subscription.cursor + count == cursor:
-                if not frames:
-                    frames = b"".join([event.frame for event in events])
-                    frames += text_frame(self.state_message()) if state_changed else b""
-                    at = self.loop.time()
-                if subscription.write(frames):
-                    subscription.cursor, subscription.seen, subscription.spoke = cursor, version, at
-                    subscription.delivered += count
-                    continue
-            subscription.offer(events)
-
-    def state_message(self, fresh: bool = False) -> str:
-        """Encoded once for all clients; `fresh` renews the seconds it counts."""
-        key = (self.version, self.state.last_event_id)
-        if fresh or self._encoded[:2] != key:
-            data = self.state.as_dict()
-            self._encoded = (*key, envelope("state", data | {"error_message": self.notice or data["error_message"]}))
-        return self._encoded[2]
-
-    def _beat(self) -> None:
-        """Wakes clients that have heard nothing for `heartbeat` seconds: one timer for all of a task's clients."""
-        for subscription in self.subscriptions:
-            if subscription.idle and subscription.overdue:
-                subscription.offer(())
-        if self.subscriptions:
-            self._beats = self.loop.call_later(self.settings.heartbeat / 4, self._beat)
-        else:
-            self._beats = None
-
-    def server_sent(self, events: Sequence[Event]) -> str:
-        """The events as SSE; encoded once for all clients that are handed the same batch."""
-        if self._server_sent[0] is not events:
-            text = "".join([f"id: {event.event_id}\ndata: {event.message}\n\n" for event in events])
-            self._server_sent = (events, text)
-        return self._server_sent[1]
+    def set_notice(self, error: str | None) -> None:
+        """Shows in the state why the store does not answer: all that is seen and not stored."""
+        self._notice = error
+        self.state_version += 1
+        self._wake_all()
 
     def close(self, reason: StreamerError) -> None:
         """Ends every subscription before its task has ended, once it has sent all there is."""
         self.closing = reason
-        self._wake()
+        self._wake_all()
 
-    def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
+    def _wake_all(self) -> None:
+        for subscription in self.subscriptions:
+            subscription.wake()
+
+    def state_message(self, fresh: bool = False) -> str:
+        """Encoded once for all clients; `fresh` renews the seconds it counts."""
+        key = (self.state_version, self.state.last_event_id)
+        if fresh or self._encoded[:2] != key:
+            data = self.state.as_dict()
+            if self._notice is not None:
+                data["error_message"] = self._notice
+            self._encoded = (*key, envelope("state", data))
+        return self._encoded[2]
+
+    def subscribe(
+        self, after: int = 0, types: frozenset[EventType] | None = None
+    ) -> Subscription:
         subscription = Subscription(self, after, types)
         self.subscriptions.add(subscription)
         if self._beats is None:
             self._beat()
         return subscription
 
+    def _beat(self) -> None:
+        """Wakes clients that were sent nothing for long: one timer for all of a task's clients."""
+        self._beats = None
+        if self.subscriptions:
+            for subscription in self.subscriptions:
+                if subscription.overdue:
+                    subscription.wake()
+            self._beats = self._loop.call_later(self.settings.heartbeat / 4, self._beat)
+
 
 class Subscription:
-    """One client's place in a task's log: replay, then live, without a gap or a duplicate (guarantee 1).
+    """One client's place in a task's log: replay, then live, without a gap or a duplicate
+    (guarantee 1).
 
     A memory object stream wakes the client and hands over what is new; the log is the buffer. What
     would make the client lag by more than `subscriber_buffer` events is not handed over: the client
-    reads on from the log where its cursor stands (guarantee 4). To a client that has caught up the
-    broker writes ready frames itself, where the server offers it, and wakes nobody.
+    reads on from the log where its cursor stands (guarantee 4). To a client that has caught up what
+    is new is written at once, where the server offers that, and nobody is woken.
     """
 
     PAGE = 512  # events read from the log at once
 
-    def __init__(self, broker: Broker, after: int, types: frozenset[EventType] | None) -> None:
+    def __init__(
+        self, broker: Broker, after: int, types: frozenset[EventType] | None
+    ) -> None:
         self.broker = broker
-        self.recovered = broker.first_event_id - 1 <= after <= broker.state.last_event_id
-        self.cursor = after if self.recovered else broker.first_event_id - 1  # the last event delivered
-        self.delivered = 0
-        self.idle = False  # waits, with nothing to deliver
         self.types = types
-        self.write: Callable[[bytes], bool] | None = None  # to the transport; False where it takes no more
-        self.seen = -1  # the version of the state last delivered
-        self.spoke = broker.loop.time()  # when something was last delivered
-        self._replaying = False  # a replay that begins at the oldest event takes it as it finds it
-        self._received: Sequence[Event] = ()
+        self.first_event_id = broker.first_event_id
+        self.recovered = self.first_event_id - 1 <= after <= broker.state.last_event_id
+        self.cursor = after if self.recovered else self.first_event_id - 1  # the last delivered
+        self.delivered = 0
+        self._loop = asyncio.get_running_loop()
+        self._last_sent = self._loop.time()
+        self._state_version_sent = -1
+        self._waiting = False  # for what is new: all there was is delivered
+        self._replaying = False  # a replay from the oldest event begins where that is by now
+        self._write: Callable[[bytes], bool] | None = None
+        self._received: Batch = NO_EVENTS
         size = broker.settings.subscriber_buffer + 1
-        self._send, self._receive = anyio.create_memory_object_stream[Sequence[Event]](size)
+        self._send, self._receive = anyio.create_memory_object_stream[Batch](size)
 
-    def offer(self, events: Sequence[Event]) -> None:
-        """Wakes the client if it waits; hands over, without waiting, what it has room for."""
-        lag = events[-1].event_id - self.cursor if events else math.inf
-        if self.idle or lag <= self.broker.settings.subscriber_buffer:
-            self.idle = False
+    def write_directly(self, write: Callable[[bytes], bool]) -> None:
+        """Has frames written by `write` while the client waits; it returns False where the
+        transport takes no more.
+        """
+        if self.types is None:
+            self._write = write
+
+    def offer(self, news: Delivery) -> None:
+        """Hands over, without waiting, what the client has room for."""
+        events = news.events
+        newest = self.broker.state.last_event_id
+        follows = self._waiting and self.cursor + len(events) == newest
+        if follows and self._write and self._write(news.frames):
+            self.cursor = newest
+            self._sent(events, self.broker.state_version)
+        elif self._waiting:
+            self.wake(events)
+        elif events and newest - self.cursor <= self.broker.settings.subscriber_buffer:
             with contextlib.suppress(anyio.WouldBlock):
                 self._send.send_nowait(events)
+
+    def wake(self, events: Batch = NO_EVENTS) -> None:
+        """Has a client that waits look at what is new; one that does not wait will look anyway."""
+        if self._waiting:
+            self._waiting = False
+            self._send.send_nowait(events)
 
     def close(self) -> None:
         self.broker.subscriptions.discard(self)
@@ -1749,87 +2065,255 @@ class Subscription:
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         """Deliveries, the first of them the state, until the task ended and all was sent.
 
-        Raises what the broker was ended with, and SlowClient where retention was faster than this client.
+        Raises what the broker was closed with, and SlowClient where retention was faster.
         """
         broker = self.broker
-        yield self._delivery((), fresh=True)
+        yield self._delivery(NO_EVENTS, fresh=True)
         while True:
-            if events := self._handed_over() or await self._logged():
-                self.cursor = events[-1].event_id
-                events, state = self._delivery(events)
-                if events or state:
-                    yield Delivery(events, state)
-            elif self.seen != broker.version:
-                yield self._delivery(())
+            events = self._handed_over() or await self._logged()
+            if events:
+                self.cursor = events[-1].id
+                delivery = self._delivery(events)
+                if delivery.events or delivery.state:
+                    yield delivery
+            elif self._state_version_sent != broker.state_version:
+                yield self._delivery(NO_EVENTS)
             elif broker.closing is not None:
                 raise broker.closing
             elif broker.ended:
                 return
             elif self.overdue:
-                yield self._delivery((), fresh=True)
+                yield self._delivery(NO_EVENTS, fresh=True)
             else:
-                self.idle = True  # nothing was awaited since the checks above, so nothing was missed
+                # Nothing was awaited since the checks above, so nothing was missed.
+                self._waiting = True
                 self._received = await self._receive.receive()
 
     @property
     def overdue(self) -> bool:
-        """Nothing was said for nearly `heartbeat` seconds; the broker looks four times in that time."""
-        return self.broker.loop.time() >= self.spoke + 0.75 * self.broker.settings.heartbeat
+        """Nothing was sent for nearly `heartbeat` seconds: the broker looks each quarter of it."""
+        return self._loop.time() >= self._last_sent + 0.75 * self.broker.settings.heartbeat
 
-    def _delivery(self, events: Sequence[Event], fresh: bool = False) -> Delivery:
+    def _delivery(self, events: Batch, fresh: bool = False) -> Delivery:
+        broker = self.broker
         if self.types is not None:
-            events = [event for event in events if event.event_type in self.types]
+            events = Batch(event for event in events if event.type in self.types)
             fresh = fresh or (not events and self.overdue)
-        state, caught_up = None, self.cursor >= self.broker.state.last_event_id
-        if fresh or (caught_up and self.seen != self.broker.version):
-            state = self.broker.state_message(fresh)
-            self.seen = self.broker.version if caught_up else -1  # it comes again, behind the replay
+        caught_up = self.cursor >= broker.state.last_event_id
+        state = None
+        if fresh or (caught_up and self._state_version_sent != broker.state_version):
+            state = broker.state_message(fresh)
         if events or state:
-            self.delivered += len(events)
-            self.spoke = self.broker.loop.time()
+            version = self._state_version_sent
+            if state:  # a client that has not caught up is sent it once more when it has
+                version = broker.state_version if caught_up else -1
+            self._sent(events, version)
         return Delivery(events, state)
 
-    def _handed_over(self) -> Sequence[Event]:
-        """The next batch, where it follows the cursor; what the log has given already is passed over."""
-        with contextlib.suppress(anyio.WouldBlock):
-            events, self._received = self._received or self._receive.receive_nowait(), ()
-            if events and (skip := self.cursor + 1 - events[0].event_id) >= 0:  # below 0: one found no room before it
-                return events[skip:] if skip else events
-        return ()
+    def _sent(self, events: Batch, state_version: int) -> None:
+        self.delivered += len(events)
+        self._state_version_sent = state_version
+        self._last_sent = self._loop.time()
 
-    async def _logged(self) -> Sequence[Event]:
-        """From the log, up to what the broker has handed over: what is stored beyond that is on its way."""
+    def _handed_over(self) -> Batch:
+        """The next batch, where it follows the cursor; what the log gave already is passed over."""
+        batch = self._received
+        self._received = NO_EVENTS
+        try:
+            batch = batch or self._receive.receive_nowait()
+        except anyio.WouldBlock:
+            return NO_EVENTS
+        if not batch:
+            return NO_EVENTS
+        known = self.cursor + 1 - batch[0].id
+        if known < 0:  # there was no room for one before it
+            return NO_EVENTS
+        return Batch(batch[known:]) if known else batch
+
+    async def _logged(self) -> Batch:
+        """From the log, up to what the broker has handed over: what is stored beyond that is on
+        its way.
+        """
         broker = self.broker
         while self.cursor < broker.state.last_event_id:
             await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
             events = await broker.store.read(broker.task.id, self.cursor, self.PAGE)
             if not events:
-                raise broker.closing or TaskNotFound(f"task {broker.task.id} not found: it was deleted")
-            if events[0].event_id != self.cursor + 1 and (self.recovered or self._replaying):
-                lost = f"events {self.cursor + 1} to {events[0].event_id - 1} were dropped before you read them"
-                raise SlowClient(f"{lost}; connect again with after={self.cursor}")
-            if (beyond := events[-1].event_id - broker.state.last_event_id) > 0:
-                events = events[: max(0, len(events) - beyond)]
-            if events:
+                deleted = f"task {broker.task.id} not found: it was deleted"
+                raise broker.closing or TaskNotFound(deleted)
+            if events[0].id != self.cursor + 1 and (self.recovered or self._replaying):
+                lost = f"events {self.cursor + 1} to {events[0].id - 1} were dropped"
+                resume = f"connect again with after={self.cursor}"
+                raise SlowClient(f"{lost} before you read them; {resume}")
+            beyond = max(0, events[-1].id - broker.state.last_event_id)
+            if beyond < len(events):
                 self._replaying = True
-                return events
-        return ()
+                return Batch(events[: len(events) - beyond])
+        return NO_EVENTS
+
+
+class Brokers:
+    """The one broker of each task that runs or is watched."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._brokers: dict[str, Broker] = {}
+
+    def __iter__(self) -> Iterator[Broker]:
+        return iter(list(self._brokers.values()))
+
+    async def get(self, task_id: str) -> Broker:
+        """Once it has handed over all that was stored before this. Raises TaskNotFound."""
+        broker = self._current(task_id)
+        if broker is None:
+            record = await self._store.load(task_id)
+            broker = self._current(task_id)
+            if broker is None:
+                return self._new(record)
+        try:
+            await broker.catch_up()
+        except StreamerError:
+            self.drop_unused(broker)
+            raise
+        return broker
+
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Broker | None:
+        """Of a task that is this process's to run; None where its status is another, or somebody
+        has it.
+        """
+        claim = await self._store.claim(task_id, statuses)
+        if claim is None:
+            return None
+        broker = self._current(task_id) or self._new(claim.record)
+        try:
+            await broker.hold(claim)
+        except StreamerError:
+            with contextlib.suppress(StreamerError):  # without the store it runs out by itself
+                await claim.release()
+            self.drop_unused(broker)
+            raise
+        return broker
+
+    def drop_unused(self, broker: Broker) -> None:
+        task_id = broker.task.id
+        if broker.unused and self._brokers.get(task_id) is broker:
+            del self._brokers[task_id]
+            broker.stop_following()
+
+    def close(self, task_id: str, reason: StreamerError) -> None:
+        """Ends the clients of a task that is gone."""
+        broker = self._brokers.pop(task_id, None)
+        if broker is not None:
+            broker.close(reason)
+
+    def _current(self, task_id: str) -> Broker | None:
+        broker = self._brokers.get(task_id)
+        return None if broker is None or broker.closing else broker
+
+    def _new(self, record: Record) -> Broker:
+        broker = Broker(record, self._store, self._settings)
+        self._brokers[record.task.id] = broker
+        return broker
 
 
 # -----------------------------------------------------------------------------
-# Runners
+# Runs
 # -----------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """How a call of somebody else's code ended."""
+
+    result: Any = None
+    error: BaseException | None = None
+    abandoned: bool = False  # its thread goes on
+
+
+def guarded(call: Callable[..., Any], *args: Any) -> Outcome:
+    """The boundary to a runner: whatever it raises, SystemExit too, is a result here."""
+    try:
+        return Outcome(call(*args))
+    except BaseException as error:
+        return Outcome(error=error)
+
+
+Report = Draft | dict[str, Any]  # an event, or new values of the state
+
+
+class Outbox:
+    """What a run's threads report, until the loop takes it.
+
+    A thread appends, and wakes the loop where that does not know yet that something waits: it makes
+    no round trip, and is held back only while the outbox is full (guarantee 5).
+    """
+
+    MAX_REPORTS = 4096
+    MAX_CHARS = 1 << 20  # of their payloads
+    BATCH = 256  # reports that are taken before others on the loop get a turn
+
+    def __init__(self) -> None:
+        self.finished = False
+        self._reports: deque[Report] = deque()
+        self._chars = 0
+        self._room = threading.Condition(threading.Lock())
+        self._wake: Callable[[], object] = lambda: None
+        self._awake = False  # whoever takes knows that there is something
+        self._taker = 0  # its thread
+
+    def attach(self, wake: Callable[[], object]) -> None:
+        """Has `wake` called, in any thread, when there is something to take in this one."""
+        with self._room:
+            self._wake = wake
+            self._awake = True
+            self._taker = threading.get_ident()
+        wake()
+
+    def put(self, report: Report) -> None:
+        size = len(report.payload) if isinstance(report, Draft) else 0
+        with self._room:
+            # Who empties it must not wait for itself: a callback of a cancel may report too.
+            while self._full and not self.finished and threading.get_ident() != self._taker:
+                self._room.wait()
+            if self.finished:
+                return
+            self._reports.append(report)
+            self._chars += size
+            if self._awake:
+                return
+            self._awake = True
+        self._call_wake()
+
+    def take(self) -> list[Report]:
+        """The next reports, in order; where there are none, `wake` tells of more."""
+        with self._room:
+            was_full = self._full
+            taken = [self._reports.popleft() for _ in range(min(self.BATCH, len(self._reports)))]
+            self._chars -= sum(len(item.payload) for item in taken if isinstance(item, Draft))
+            if not taken:
+                self._awake = False
+            if was_full:
+                self._room.notify_all()
+        return taken
+
+    def finish(self) -> None:
+        """What is reported from now on goes nowhere."""
+        with self._room:
+            self.finished = True
+            self._room.notify_all()
+        self._call_wake()
+
+    @property
+    def _full(self) -> bool:
+        return len(self._reports) >= self.MAX_REPORTS or self._chars >= self.MAX_CHARS
+
+    def _call_wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to see it
+            self._wake()
 
 
 class Run:
-    """What a runner gets: its task, and the ways to report. A bounded outbox carries reports to the loop.
-
-    A thread appends and leaves one pending wake-up, however many events wait: it makes no round trip,
-    and is held back only while the outbox is full (guarantee 5).
-    """
-
-    MAX_ITEMS, MAX_CHARS = 4096, 1 << 20  # what the outbox holds
-    BATCH = 256  # items the loop takes before others get a turn
+    """What a runner gets: its task, and the ways to report."""
 
     def __init__(
         self,
@@ -1841,32 +2325,34 @@ class Run:
         self.price = settings.price
         self.earlier_cost = earlier_cost  # of the task's runs before this one
         self.own_cost: Mapping[str, Any] = NO_COST
-        self.task_id, self.prompt, self.options = task.id, task.input_prompt, task.options
+        self.task_id = task.id
+        self.prompt = task.input_prompt
+        self.options = task.options
         self.workspace = settings.workspace / task.id
-        self._max_bytes, self.secrets = settings.max_event_bytes, secrets
+        self.secrets = secrets
+        self.outbox = Outbox()
+        self._max_bytes = settings.max_event_bytes
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
-        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
-        self._outbox: deque[Draft | dict[str, Any]] = deque()
-        self._chars = 0
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._woken = self._finished = False
-        self._ready = asyncio.Event()
 
     # For the runner's threads
 
     def emit(
-        self, event_type: EventType | str, payload: Mapping[str, Any] | None = None, agent_role: str | None = None
+        self,
+        event_type: EventType | str,
+        payload: Mapping[str, Any] | None = None,
+        agent_role: str | None = None,
     ) -> None:
         """Adds an event to the task's log. `payload["message"]` is its text for a person.
 
-        Raises ValueError for a type that is unknown or the server's own (TASK_START, the terminal ones).
+        Raises ValueError for a type that is unknown, or the server's own like TASK_START.
         """
-        if (kind := RUNNER_TYPES.get(event_type)) is None:
-            raise ValueError(f"event_type must be one of {', '.join(RUNNER_TYPES)}, not {event_type!r}")
-        self._put(self.draft(kind, payload or {}, agent_role))
+        kind = RUNNER_TYPES.get(event_type)
+        if kind is None:
+            known = ", ".join(RUNNER_TYPES)
+            raise ValueError(f"event_type must be one of {known}, not {event_type!r}")
+        self.outbox.put(self.draft(kind, payload or {}, agent_role))
 
     @property
     def cost(self) -> Mapping[str, Any]:
@@ -1892,11 +2378,12 @@ class Run:
                 own["total_cost"] = None
             self.own_cost = own
             given["cost"] = self.cost
-        self._put(given)
+        self.outbox.put(given)
 
     def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
-        """Shows the agent as waiting for its model from now on; without arguments, that none does."""
-        self._put({"waiting": (fit(agent_role), fit(action), time.time()) if agent_role else None})
+        """Shows the agent as waiting for its model from now on; without arguments, that none is."""
+        waiting = (fit(agent_role), fit(action), time.time()) if agent_role else None
+        self.outbox.put({"waiting": waiting})
 
     def check_cancelled(self) -> None:
         """Raises RunCancelled once the task was cancelled, has timed out, or the server stops."""
@@ -1909,21 +2396,28 @@ class Run:
         self.check_cancelled()
 
     def on_cancel(self, callback: Callable[[], object]) -> None:
-        """Has `callback` called, in the server's thread, when the run is cancelled; now if it is already."""
+        """Has `callback` called when the run is cancelled, in the server's thread; now if it is."""
         self._callbacks.append(callback)
         if self._cancelled.is_set():
             callback()
 
     def report_files(self, agent_role: str | None = None) -> list[str]:
-        """Emits an ARTIFACT for each file written or deleted since the last call; returns the paths there are."""
+        """Emits an ARTIFACT for each file written or deleted since the last call; returns the
+        paths there are.
+        """
         found = {path: (size, modified) for path, size, modified in list_files(self.workspace)}
         for path in sorted(found.keys() | self._files.keys()):
-            before, after = self._files.get(path), found.get(path)
-            if before != after:
-                change = "created" if before is None else "deleted" if after is None else "modified"
-                size = after[0] if after else 0
-                payload = {"message": f"{change} {path} ({size} bytes)", "path": path, "size": size, "change": change}
-                self.emit(EventType.ARTIFACT, payload, agent_role)
+            if found.get(path) == self._files.get(path):
+                continue
+            change = "modified"
+            if path not in self._files:
+                change = "created"
+            elif path not in found:
+                change = "deleted"
+            size = found[path][0] if path in found else 0
+            message = f"{change} {path} ({size} bytes)"
+            payload = {"message": message, "path": path, "size": size, "change": change}
+            self.emit(EventType.ARTIFACT, payload, agent_role)
         self._files = found
         return list(found)
 
@@ -1931,59 +2425,26 @@ class Run:
         """`text` without the secrets this process knows (guarantee 7)."""
         return redact(text, self.secrets)
 
-    # For the supervisor
+    # For its execution
 
-    def draft(self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None) -> Draft:
+    def draft(
+        self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None
+    ) -> Draft:
         message = payload.get("message")
         if not isinstance(message, str):
             message = kind.value if message is None else str(fit(message))
             payload = {**payload, "message": message}
         text = redact(message if message.isascii() else fit(message), self.secrets)[:300]
-        if agent_role is not None and not (type(agent_role) is str and agent_role.isascii() and len(agent_role) < 64):
-            agent_role = str(fit(agent_role, 64, self.secrets))
-        return Draft(kind, agent_role, now(), text, encode_payload(payload, self._max_bytes, self.secrets))
+        if agent_role is not None:
+            plain = type(agent_role) is str and agent_role.isascii() and len(agent_role) < 64
+            agent_role = agent_role if plain else str(fit(agent_role, 64, self.secrets))
+        encoded = encode_payload(payload, self._max_bytes, self.secrets)
+        return Draft(kind, agent_role, now(), text, encoded)
 
     def cancel(self) -> None:
         self._cancelled.set()
         for callback in self._callbacks:
-            _guarded(callback)
-
-    def finish(self) -> None:
-        """`take` returns what is left, then nothing; what a thread still reports goes nowhere."""
-        with self._room:
-            self._finished = True
-            self._room.notify_all()
-        self._ready.set()
-
-    async def take(self) -> list[Draft | dict[str, Any]]:
-        """Waits for reports: drafts, and updates of the state, in order. Empty once finished."""
-        await self._ready.wait()
-        with self._lock:
-            full = len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS
-            taken = [self._outbox.popleft() for _ in range(min(self.BATCH, len(self._outbox)))]
-            self._chars -= sum(len(item.payload) for item in taken if isinstance(item, Draft))
-            if not self._outbox and not self._finished:
-                self._woken = False
-                self._ready.clear()
-            if full:
-                self._room.notify_all()
-        return taken
-
-    def _put(self, item: Draft | dict[str, Any]) -> None:
-        size = len(item.payload) if isinstance(item, Draft) else 0
-        with self._lock:
-            while len(self._outbox) >= self.MAX_ITEMS or self._chars >= self.MAX_CHARS:
-                if self._finished or threading.get_ident() == self._loop_thread:
-                    break  # who empties it must not wait for itself
-                self._room.wait()
-            if self._finished:
-                return
-            self._outbox.append(item)
-            self._chars += size
-            wake, self._woken = not self._woken, True
-        if wake:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to see it
-                self._loop.call_soon_threadsafe(self._ready.set)
+            guarded(callback)
 
 
 class Runner(Protocol):
@@ -2054,7 +2515,11 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
     return {**result, "files": run.report_files(), "cost": run.cost}
 
 
-# The real team. What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
+# -----------------------------------------------------------------------------
+# MetaGPT
+# -----------------------------------------------------------------------------
+
+# What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
 
 # What MetaGPT needs for an `llm.api_type`: its module in metagpt.provider, the module of the vendor's
 # SDK, the package that has it. Types that are not listed are served by OPENAI.
@@ -3441,8 +3906,55 @@ def run_metagpt(run: Run) -> Mapping[str, Any]:
 
 
 # -----------------------------------------------------------------------------
-# Supervisor
+# Execution
 # -----------------------------------------------------------------------------
+
+
+class Engine:
+    """What all runs of this process share: the runner, which is loaded once, and their slots."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runner: Runner,
+        warm_up: Callable[[], object] | None,
+        secrets: Sequence[str],
+    ) -> None:
+        self.settings = settings
+        self.runner = runner
+        self.secrets = secrets
+        self.mode = "test" if settings.test_mode else "metagpt"
+        self.error: str | None = None
+        self.ready = anyio.Event()
+        self.slots = anyio.Semaphore(settings.max_running)
+        # The slots are the limit: an abandoned thread holds none.
+        self.threads = anyio.CapacityLimiter(math.inf)
+        self._warm_up = warm_up
+
+    @property
+    def status(self) -> str:
+        if self.error is not None:
+            return self.error
+        return "ready" if self.ready.is_set() else "loading"
+
+    async def load(self) -> None:
+        """Loads what the runner needs in a thread, so that the first task does not wait for it."""
+        if self._warm_up is not None:
+            warm_up = partial(guarded, self._warm_up)
+            outcome = await anyio.to_thread.run_sync(warm_up, abandon_on_cancel=True)
+            if outcome.error is not None:
+                reason = redact(reason_of(outcome.error), self.secrets)
+                self.error = f"MetaGPT could not be loaded: {reason}"
+                logger.error("engine error=%r", self.error)
+        self.ready.set()
+
+
+# A run's cost → what it is counted as.
+COSTS = {
+    "prompt_tokens": "model_prompt_tokens",
+    "completion_tokens": "model_completion_tokens",
+    "total_cost": "model_cost_dollars",
+}
 
 
 class StopReason(StrEnum):
@@ -3452,36 +3964,239 @@ class StopReason(StrEnum):
     STORE = "its events could not be stored"
 
 
-class Outcome(NamedTuple):
-    """How a call in a worker thread ended."""
+class Execution:
+    """The life of one started task, in a broker that holds its claim."""
 
-    result: Any = None
-    error: BaseException | None = None
-    abandoned: bool = False
-
-
-class ActiveRun:
-    """A started task, until its terminal event."""
-
-    def __init__(self, broker: Broker, run: Run) -> None:
-        self.broker, self.run = broker, run
-        self.scope = anyio.CancelScope()  # of the wait for its turn, then of the wait for its thread
-        self.running = False
-        self.concluding = False  # its outcome is decided: a cancel comes too late
-        self.stop_reason: StopReason | None = None
-        self.store_error: StreamerError | None = None  # why an event could not be stored
+    def __init__(self, broker: Broker, engine: Engine) -> None:
+        self.broker = broker
+        self.task_id = broker.task.id
+        self.run = Run(broker.task, engine.settings, engine.secrets, broker.state.cost)
+        self.running = False  # it has a slot and a thread
+        self.abandoned = False  # its thread goes on though the run has ended
         self.done = anyio.Event()
+        self.error: StreamerError | None = None  # why an event could not be stored
+        self.untold: str | None = None  # how it ended, where that could not be stored
+        self._engine = engine
+        self._scope = anyio.CancelScope()  # of the wait for its turn, then of that for its thread
+        self._stop_reason: StopReason | None = None
+        self._decided = False  # how it ends: a cancel comes too late
+        self._published = 0
+        if broker.claim is not None:
+            broker.claim.listen(self._on_message)
 
-    def stop(self, reason: StopReason, grace: float) -> None:
-        """Asks the run to end; one that is still in its thread after `grace` seconds is abandoned (guarantee 6)."""
-        if self.stop_reason in (None, StopReason.TIMEOUT):
-            self.stop_reason = reason
-        self.scope.deadline = min(self.scope.deadline, self.broker.loop.time() + (grace if self.running else 0))
+    @property
+    def totals(self) -> Mapping[str, float]:
+        """What it has published, and cost as far as that is known."""
+        cost = self.run.own_cost
+        spent = {name: cost[key] or 0 for key, name in COSTS.items()}
+        return {"events": self._published, **spent}
+
+    def stop(self, reason: StopReason, grace: float | None = None) -> bool:
+        """Asks the run to end; False where it is decided already how it ends.
+
+        A thread that goes on after `grace` seconds is abandoned (guarantee 6).
+        """
+        if self._decided:
+            return False
+        if self._stop_reason in (None, StopReason.TIMEOUT):
+            self._stop_reason = reason
+        seconds = 0.0
+        if self.running:
+            seconds = self._engine.settings.grace if grace is None else grace
+        latest = asyncio.get_running_loop().time() + seconds
+        self._scope.deadline = min(self._scope.deadline, latest)
         self.run.cancel()
+        return True
+
+    def _on_message(self, message: ClaimMessage) -> bool:
+        if isinstance(message, ClaimLost):
+            self._fail(message.error)
+            return True
+        return self.stop(StopReason.CANCEL)
+
+    def _fail(self, error: StreamerError) -> None:
+        self.error = error
+        self.stop(StopReason.STORE)
+
+    async def live(self, outcome: Outcome | None = None) -> None:
+        """Its turn, its thread, its end. `outcome`: of a run that another process began.
+
+        Where its end could not be stored the task is not ended, and `error` says why.
+        """
+        async with contextlib.AsyncExitStack() as slot:
+            try:
+                if outcome is None and await self._has_turn(slot):
+                    outcome = await self._work()
+            except StreamerError as error:
+                self.error = error
+            except Exception:  # a fault of this program ends this run, and no other
+                logger.exception("task id=%s fault", self.task_id)
+                outcome = Outcome(error=RunFailed("the server failed; its log says why"))
+            if outcome is not None:
+                await self._conclude(outcome)
+        if not self.broker.ended:
+            logger.warning("task id=%s left=%r", self.task_id, str(self.error or self._stop_reason))
+            # At a shutdown whoever comes next takes it over as it is.
+            await self.broker.let_go(release=self._stop_reason is not StopReason.SHUTDOWN)
+        self.done.set()
+
+    async def _has_turn(self, slot: contextlib.AsyncExitStack) -> bool:
+        """Waits for the engine and a slot. False where the run was stopped before it began, and
+        is another's to run.
+        """
+        engine = self._engine
+        with self._scope:
+            if not engine.ready.is_set():
+                await self.broker.publish(last_message="loading MetaGPT")
+                await engine.ready.wait()
+            if not engine.slots.value:
+                await self.broker.publish(last_message="waiting for a free slot (max_running)")
+            await slot.enter_async_context(engine.slots)
+        return self._stop_reason not in (StopReason.SHUTDOWN, StopReason.STORE)
+
+    async def _work(self) -> Outcome:
+        """Runs the runner in a thread, and publishes what it reports, to the last of it."""
+        engine = self._engine
+        run = self.run
+        if self._stop_reason is not None:
+            return Outcome()
+        if engine.error is not None:
+            return Outcome(error=RunFailed(engine.error))
+        self.running = True
+        self._scope = anyio.CancelScope()
+        task = replace(self.broker.task.to(TaskStatus.RUNNING), mode=engine.mode)
+        start = run.draft(EventType.TASK_START, {"message": task.title, "mode": engine.mode})
+        await self._publish([start], task, status=task.status, started_at=start.timestamp)
+        outcome = Outcome(abandoned=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._pump)
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(run.options["timeout"], self.stop, StopReason.TIMEOUT)
+            try:
+                with self._scope:
+                    outcome = await anyio.to_thread.run_sync(
+                        partial(guarded, engine.runner, run),
+                        abandon_on_cancel=True,
+                        limiter=engine.threads,
+                    )
+            finally:  # also where publishing fails: no thread waits at `emit` for ever
+                timer.cancel()
+                run.outbox.finish()
+        return outcome
+
+    async def _pump(self) -> None:
+        """Publishes the runner's reports until it has ended, and those that are left then."""
+        outbox = self.run.outbox
+        loop = asyncio.get_running_loop()
+        news = asyncio.Event()
+        outbox.attach(partial(loop.call_soon_threadsafe, news.set))
+        ended = False
+        while not ended:
+            await news.wait()
+            news.clear()
+            ended = outbox.finished  # before it is emptied: nothing comes in any more
+            reports = outbox.take()
+            while reports:
+                await self._publish_reports(reports)
+                await anyio.lowlevel.checkpoint()  # others get a turn
+                reports = outbox.take()
+
+    async def _publish_reports(self, reports: Sequence[Report]) -> None:
+        """In order: events that lead to the same state as one batch."""
+        drafts: list[Draft] = []
+        try:
+            for report in reports:
+                if isinstance(report, Draft):
+                    drafts.append(report)
+                elif self.error is None:
+                    await self._publish(drafts, **report)
+                    drafts = []
+            if drafts and self.error is None:
+                await self._publish(drafts)
+        except StreamerError as error:  # the run cannot be told of any further
+            self._fail(error)
+
+    async def _publish(
+        self, drafts: Sequence[Draft], task: Task | None = None, **values: Any
+    ) -> None:
+        await self.broker.publish(drafts, task, **values)
+        self._published += len(drafts)
+        if task is not None:
+            log_task(task)
+
+    async def _conclude(self, outcome: Outcome) -> None:
+        """Decides how it ended, once, and publishes that (guarantees 2, 6, 7)."""
+        self._decided = True
+        settings = self._engine.settings
+        mode = self._engine.mode
+        status, kind, message = self._verdict(outcome)
+        values: dict[str, Any] = {"status": status, "current_agent": None, "waiting": None}
+        values["completed_at"] = now()
+        drafts: list[Draft] = []
+        if status is TaskStatus.SUCCEEDED:
+            text = encode_payload(
+                outcome.result or {}, settings.max_event_bytes, self._engine.secrets
+            )
+            result = json.loads(text)
+            message = str(result.get("message") or _summary(result))
+            drafts.append(self.run.draft(EventType.RESULT, {"message": message, **result}))
+            values |= {"final_result": result, "progress": 1.0}
+        if outcome.abandoned:
+            self.abandoned = True
+            message += f"; its thread did not stop within {settings.grace:g} s and was abandoned"
+        drafts.append(self.run.draft(kind, {"message": message, "mode": mode}))
+        message = drafts[-1].message
+        if status is TaskStatus.FAILED:
+            values["error_message"] = message
+        try:
+            await self._publish(drafts, self.broker.task.to(status, message), **values)
+        except StreamerError as error:
+            self.error = error
+            self.untold = message
+
+    def _verdict(self, outcome: Outcome) -> tuple[TaskStatus, EventType, str]:
+        """The status, the terminal event's type, and its message."""
+        reason = self._stop_reason
+        error = outcome.error
+        if reason in (StopReason.CANCEL, StopReason.SHUTDOWN):
+            return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, reason.value
+        if reason is StopReason.TIMEOUT:
+            seconds = self.run.options["timeout"]
+            error = RunFailed(f"timed out after {seconds:g} s (options.timeout)")
+        elif reason is StopReason.STORE:
+            error = RunFailed(f"the run was stopped: {self.error or reason.value}")
+        elif error is None and not isinstance(outcome.result, Mapping | None):
+            came = type(outcome.result).__name__
+            error = RunFailed(f"the runner must return a mapping or None, not {came}")
+        if error is None:
+            return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
+        message = reason_of(error)
+        logger.error("task id=%s failed=%s", self.task_id, ascii(self.run.redact(message)))
+        return TaskStatus.FAILED, EventType.TASK_ERROR, message
+
+
+def log_task(task: Task) -> None:
+    logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    parts = [f"{len(result['files'])} files"] if isinstance(result.get("files"), list) else []
+    parts += [f"{result['rounds']} rounds"] if "rounds" in result else []
+    cost = result.get("cost")
+    if isinstance(cost, dict) and "total_cost" in cost:
+        parts.append(price_text(cost["total_cost"]))
+    return ", ".join(parts) or "done"
+
+
+# -----------------------------------------------------------------------------
+# Supervisor
+# -----------------------------------------------------------------------------
 
 
 class Supervisor:
-    """Owns the tasks: creates, starts, stops, and forgets them, and knows who watches."""
+    """The registry of tasks: creates, starts, stops and forgets them, and knows who watches."""
+
+    CANCEL_TRIES = 100  # a task that is about to change hands; each try takes 20 ms or longer
 
     def __init__(
         self,
@@ -3491,31 +4206,32 @@ class Supervisor:
         warm_up: Callable[[], object] | None = None,
         secrets: Sequence[str] = (),
     ) -> None:
-        self.settings, self.store = settings, store
-        self.mode = "test" if settings.test_mode else "metagpt"
+        self.settings = settings
+        self.store = store
         self.clients = 0
-        self.counters = Counter(events=0, deliveries=0, clients=0, slow_clients=0)
-        self.engine_error: str | None = None
-        self._spent: Counter[str] = Counter()  # by the runs that have ended, as far as it is known
         self.abandoned = 0  # threads that went on when their run had ended
-        self._runner, self._warm_up, self._secrets = runner, warm_up, secrets
-        self._brokers: dict[str, Broker] = {}  # of the tasks that run or are watched
-        self._active: dict[str, ActiveRun] = {}
-        self._unsaid: dict[str, str] = {}  # why a run failed, where its end could not be stored
+        self._totals: Counter[str] = Counter(
+            dict.fromkeys(("events", "deliveries", "clients", "slow_clients", *COSTS.values()), 0)
+        )
+        self._engine = Engine(settings, runner, warm_up, secrets)
+        self._brokers = Brokers(store, settings)
+        self._active: dict[str, Execution] = {}
+        self._untold: dict[str, str] = {}  # how a run ended, where that could not be stored
         self._deleting: set[str] = set()
-        self._slots = anyio.Semaphore(settings.max_running)
-        self._threads = anyio.CapacityLimiter(math.inf)  # the slots are the limit: an abandoned thread holds none
-        self._ready, self._client_left = anyio.Event(), anyio.Event()
+        self._client_left = anyio.Event()
         self._closing = False
         self._group: anyio.abc.TaskGroup
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """The time the service lives; at its end every run is stopped and every client told. Comes once."""
+        """The time the service lives; at its end every run is stopped and every client told.
+
+        Comes once.
+        """
         if self._closing:
             raise RuntimeError("this application has been closed; create_app makes another")
         async with self.store.opened(self._on_store), anyio.create_task_group() as self._group:
-            self._group.start_soon(self._load_engine)
+            self._group.start_soon(self._engine.load)
             self._group.start_soon(self._sweep)
             try:
                 yield
@@ -3523,38 +4239,33 @@ class Supervisor:
                 await self.close()
                 self._group.cancel_scope.cancel()
 
-    async def _load_engine(self) -> None:
-        if self._warm_up is not None:
-            outcome = await anyio.to_thread.run_sync(_guarded, self._warm_up, abandon_on_cancel=True)
-            if outcome.error is not None:
-                reason = redact(reason_of(outcome.error), self._secrets)
-                self.engine_error = f"MetaGPT could not be loaded: {reason}"
-                logger.error("engine error=%r", self.engine_error)
-        self._ready.set()
-
     async def close(self) -> None:
-        """Cancels the runs and tells the clients, in about `grace` seconds; what waits for its turn stays PENDING."""
+        """Cancels the runs and tells the clients, in about `grace` seconds; what waits for its
+        turn stays PENDING.
+        """
         if self._closing:
             return
         self._closing = True
-        active = list(self._active.values())
-        for each in active:
-            each.stop(StopReason.SHUTDOWN, 0.7 * self.settings.grace)
-        with anyio.move_on_after(0.9 * self.settings.grace):  # the store may be away
-            for each in active:
-                await each.done.wait()
-        for broker in self._brokers.values():
+        grace = self.settings.grace
+        executions = list(self._active.values())
+        for execution in executions:
+            execution.stop(StopReason.SHUTDOWN, 0.7 * grace)
+        with anyio.move_on_after(0.9 * grace):  # the store may be away
+            for execution in executions:
+                await execution.done.wait()
+        for broker in self._brokers:
             resume = f"connect again with after={broker.state.last_event_id}"
-            broker.close(ServerClosing(f"the server is shutting down; {resume} when it is back"))
-        with anyio.move_on_after(0.2 * self.settings.grace):
+            reason = f"the server is shutting down; {resume} when it is back"
+            broker.close(ServerClosing(reason))
+        with anyio.move_on_after(0.2 * grace):
             while self.clients:
                 self._client_left = anyio.Event()
                 await self._client_left.wait()
 
     def _on_store(self, error: str | None) -> None:
         logger.log(logging.INFO if error is None else logging.ERROR, "store error=%r", error)
-        for broker in self._brokers.values():
-            broker.say(error)
+        for broker in self._brokers:
+            broker.set_notice(error)
 
     async def _sweep(self) -> None:
         """Ends what other processes, or an earlier one, left unfinished (guarantee 9)."""
@@ -3562,69 +4273,63 @@ class Supervisor:
             try:
                 sweep = await self.store.sweep()
                 for task_id in sweep.expired:
-                    self._group.start_soon(self._clear_away, task_id)
-                for task_id in sweep.lost:
-                    if active := self._active.get(task_id):
-                        active.store_error = LeaseLost("another replica took it over")
-                        active.stop(StopReason.STORE, self.settings.grace)
-                for task_id in sweep.cancels:
-                    if active := self._active.get(task_id):
-                        active.stop(StopReason.CANCEL, self.settings.grace)
-                        await self.store.heard(task_id)
+                    self._group.start_soon(self._close_and_remove_files, task_id)
                 for task_id in sweep.orphans:
                     if task_id not in self._active and not self._closing:
                         await self._take_over(task_id)
             except StreamerError as error:
                 logger.error("sweep error=%r", str(error))
-            except Exception:  # a fault in this program, at one task: the others, and the next sweep, go on
-                logger.exception("sweep fault")
             await self.store.pause(self.settings.lease / 6)
 
     async def _take_over(self, task_id: str) -> None:
         """An orphan: a run that was cut off is FAILED; what waited for its turn gets one here."""
-        reason = self._unsaid.get(task_id, "interrupted by a restart or a failure of the server that ran it")
-        with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):  # the next sweep sees it again
-            if broker := await self._claim(task_id, {TaskStatus.RUNNING}):
-                await self._conclude(self._activate(broker), Outcome(error=RunFailed(reason)))
-            else:
+        cut_off = "interrupted by a restart or a failure of the server that ran it"
+        reason = self._untold.get(task_id, cut_off)
+        with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):  # the next sweep sees it
+            broker = await self._brokers.claim(task_id, {TaskStatus.RUNNING})
+            if broker is None:
                 await self.start(task_id)
+            else:
+                outcome = Outcome(error=RunFailed(reason))
+                await self._execute(self._activate(broker), outcome)
+
+    @property
+    def mode(self) -> str:
+        return self._engine.mode
 
     @property
     def engine(self) -> str:
-        return self.engine_error or ("ready" if self._ready.is_set() else "loading")
+        return self._engine.status
+
+    @property
+    def engine_error(self) -> str | None:
+        return self._engine.error
 
     @property
     def running(self) -> int:
-        return sum(active.running for active in self._active.values())
+        return sum(execution.running for execution in self._active.values())
 
     @property
     def waiting(self) -> int:
         return len(self._active) - self.running
 
     @property
-    def deliveries(self) -> int:
-        live = sum(each.delivered for broker in self._brokers.values() for each in broker.subscriptions)
-        return self.counters["deliveries"] + live
-
-    @property
-    def spent(self) -> Mapping[str, float]:
-        """On models, since the start."""
-        costs = [self._spent, *(active.run.own_cost for active in self._active.values())]
-        names = {
-            "prompt_tokens": "prompt_tokens",
-            "completion_tokens": "completion_tokens",
-            "total_cost": "cost_dollars",
-        }
-        return {
-            f"model_{name}": sum(cost[key] or 0 for cost in costs) for key, name in names.items()
-        }
+    def totals(self) -> Mapping[str, float]:
+        """What was counted since the start; costs as far as they are known."""
+        totals = Counter(self._totals)
+        for broker in self._brokers:
+            for subscription in broker.subscriptions:
+                totals["deliveries"] += subscription.delivered
+        for execution in self._active.values():
+            totals.update(execution.totals)
+        return totals
 
     # What clients ask for. All of it raises TaskNotFound.
 
     async def submit(
         self, prompt: str, title: str, options: Mapping[str, Any], key: str | None = None
     ) -> tuple[Task, bool]:
-        """A PENDING task, and whether it is new: an idempotency key that was used gives its task again.
+        """A PENDING task, and whether it is new: a key that was used gives its task again.
 
         Raises IdempotencyConflict where the key came with another request, TooManyTasks.
         """
@@ -3636,88 +4341,112 @@ class Supervisor:
         except TaskExists:
             task = await self.get(task_id)
             if (task.input_prompt, task.title, task.options) != (prompt, title, options):
-                raise IdempotencyConflict("this Idempotency-Key was used for a different request") from None
+                conflict = "this Idempotency-Key was used for a different request"
+                raise IdempotencyConflict(conflict) from None
             return task, False
-        _log(task)
+        log_task(task)
         for each in forgotten:
-            await self._clear_away(each)
+            await self._close_and_remove_files(each)
         return task, True
 
     async def start(self, task_id: str, restart: bool = False) -> Task:
-        """Starts a PENDING task; does nothing to a started one. `restart` runs a FAILED or CANCELLED one again.
+        """Starts a PENDING task; does nothing to a started one. `restart` runs a FAILED or
+        CANCELLED one again.
 
         Raises TaskEnded, TooManyTasks.
         """
+        execution = self._active.get(task_id)
+        if execution is not None:
+            return execution.broker.task
+        startable = {TaskStatus.PENDING, *(RESTARTABLE if restart else ())}
+        with anyio.CancelScope(shield=True):  # a claim that nobody takes up would stay
+            broker = await self._brokers.claim(task_id, startable)
+            if broker is not None:
+                await self._start_claimed(broker)
+                return broker.task
         task = await self.get(task_id)
-        if task_id in self._active or task.status is TaskStatus.RUNNING:
-            return task
-        if task.status in ENDED and not (restart and task.status in RESTARTABLE):
+        if task.status in ENDED and task.status not in startable:
             again = "; POST …/run?restart=true runs it again" if task.status in RESTARTABLE else ""
             raise TaskEnded(f"task {task_id} has ended ({task.status}){again}")
-        self._check_room(task_id)
-        with anyio.CancelScope(shield=True):  # a claim that nobody takes up would stay
-            if broker := await self._claim(task_id, {task.status}):
-                try:
-                    if broker.ended:
-                        await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
-                    self._check_room(task_id)
-                except StreamerError:
-                    await self._disclaim(broker)
-                    raise
-                self._group.start_soon(self._execute, self._activate(broker))
-        return broker.task if broker else await self.get(task_id)  # somebody has started it
+        return task  # it runs, or somebody is about to start it
+
+    async def _start_claimed(self, broker: Broker) -> None:
+        try:
+            self._check_room(broker.task.id)
+            if broker.ended:
+                await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
+                self._check_room(broker.task.id)  # others may have come meanwhile
+        except StreamerError:
+            await broker.let_go()
+            self._follow(broker)
+            self._brokers.drop_unused(broker)
+            raise
+        self._group.start_soon(self._execute, self._activate(broker))
 
     def _check_room(self, task_id: str) -> None:
         self._refuse_if_closing()
         if task_id in self._deleting:
             raise TaskNotFound(f"task {task_id} not found: it is being deleted")
         if len(self._active) >= self.settings.max_running + self.settings.max_waiting:
-            raise TooManyTasks(f"{self.waiting} tasks wait for a slot, as many as max_waiting allows; try again later")
+            limit = f"{self.waiting} tasks wait for a slot, as many as max_waiting allows"
+            raise TooManyTasks(f"{limit}; try again later")
 
     async def cancel(self, task_id: str) -> Task:
         """Stops a task, started or not, wherever it runs. Raises TaskEnded."""
-        while True:
-            active, task = self._active.get(task_id), await self.get(task_id)
-            if active and not active.concluding:
-                active.stop(StopReason.CANCEL, self.settings.grace)
+        asked = False
+        for _ in range(self.CANCEL_TRIES):
+            execution = self._active.get(task_id)
+            task = await self.get(task_id)
+            if execution is not None and execution.stop(StopReason.CANCEL):
                 return task
-            if active or task.status in ENDED:
-                raise TaskEnded(f"task {task_id} has ended or is about to ({task.status}): there is nothing to cancel")
+            if asked and task.status is TaskStatus.CANCELLED:
+                return task
+            if execution is not None or task.status in ENDED:
+                why = f"task {task_id} has ended or is about to ({task.status})"
+                raise TaskEnded(f"{why}: there is nothing to cancel")
             with anyio.CancelScope(shield=True):
-                if broker := await self._claim(task_id, {TaskStatus.PENDING}):
-                    active = self._activate(broker)
-                    active.stop(StopReason.CANCEL, 0)
-                    await self._conclude(active, Outcome())
-                    if active.store_error:
-                        raise active.store_error
-                    return broker.task
-            if self.store.error:
+                broker = await self._brokers.claim(task_id, {TaskStatus.PENDING})
+                if broker is not None:
+                    return await self._cancel_claimed(broker)
+            if self.store.error is not None:
                 raise StoreUnavailable(self.store.error)
             if await self.store.cancel(task_id):
                 return await self.get(task_id)
+            asked = True
+        raise StoreUnavailable(f"whoever runs task {task_id} does not answer; try again")
+
+    async def _cancel_claimed(self, broker: Broker) -> Task:
+        execution = self._activate(broker)
+        execution.stop(StopReason.CANCEL)
+        self._group.start_soon(self._execute, execution, Outcome())
+        await execution.done.wait()
+        if execution.error is not None:
+            raise execution.error
+        return broker.task
 
     async def delete(self, task_id: str) -> None:
         """Stops a task, forgets it, its log and its workspace, and tells its clients."""
         task = await self.get(task_id)
         self._deleting.add(task_id)  # no restart comes between the end of its run and this
         try:
-            if active := self._active.get(task_id):
-                active.stop(StopReason.CANCEL, self.settings.grace)
-                await active.done.wait()
+            execution = self._active.get(task_id)
+            if execution is not None:
+                execution.stop(StopReason.CANCEL)
+                await execution.done.wait()
             elif task.status is TaskStatus.RUNNING:
                 await self.store.cancel(task_id)
             await self.store.forget(task_id)
-            await self._clear_away(task_id)
+            await self._close_and_remove_files(task_id)
         finally:
             self._deleting.discard(task_id)
 
     async def get(self, task_id: str) -> Task:
-        active = self._active.get(task_id)
-        return active.broker.task if active else (await self.store.load(task_id))[0]
+        execution = self._active.get(task_id)
+        return execution.broker.task if execution else (await self.store.load(task_id)).task
 
     async def state(self, task_id: str) -> TaskState:
-        active = self._active.get(task_id)
-        return active.broker.state if active else (await self.store.load(task_id))[1]
+        execution = self._active.get(task_id)
+        return execution.broker.state if execution else (await self.store.load(task_id)).state
 
     @contextlib.asynccontextmanager
     async def watch(
@@ -3726,275 +4455,89 @@ class Supervisor:
         """A client's subscription while it is connected. Raises TooManyClients."""
         self._refuse_if_closing()
         if self.clients >= self.settings.max_sockets:
-            raise TooManyClients(f"{self.clients} clients watch already, the limit (max_sockets); try again later")
-        first = await self.store.first_event_id(task_id)
-        broker = await self._caught_up(*await self.store.load(task_id))
-        if (active := self._active.get(task_id)) and active.store_error:  # what it has stored is not certain
-            raise StoreUnavailable(f"{active.store_error}; try again")
-        broker.first_event_id = first
-        subscription = broker.subscribe(after, types)
-        self._follow(broker)
+            limit = f"{self.clients} clients watch already, the limit (max_sockets)"
+            raise TooManyClients(f"{limit}; try again later")
         self.clients += 1
-        self.counters["clients"] += 1
-        outcome = "left"
         try:
-            yield subscription
-            outcome = "served"
-        except StreamerError as error:
-            outcome = error.as_dict()["code"]
-            self.counters["slow_clients"] += isinstance(error, SlowClient)
-            raise
+            broker = await self._brokers.get(task_id)
+            try:
+                execution = self._active.get(task_id)
+                if execution is not None and execution.error is not None:
+                    uncertain = f"{execution.error}; try again"  # what it has stored
+                    raise StoreUnavailable(uncertain)
+                subscription = broker.subscribe(after, types)
+                with self._counted(subscription, after):
+                    self._follow(broker)
+                    yield subscription
+            finally:
+                self._brokers.drop_unused(broker)
         finally:
-            logger.info("client task=%s after=%d events=%d outcome=%s", task_id, after, subscription.delivered, outcome)
-            subscription.close()
-            self.counters["deliveries"] += subscription.delivered
             self.clients -= 1
             self._client_left.set()
-            self._release(broker)
+
+    @contextlib.contextmanager
+    def _counted(self, subscription: Subscription, after: int) -> Iterator[None]:
+        self._totals["clients"] += 1
+        outcome = "left"
+        try:
+            yield
+            outcome = "served"
+        except StreamerError as error:
+            outcome = error.code
+            self._totals["slow_clients"] += isinstance(error, SlowClient)
+            raise
+        finally:
+            subscription.close()
+            self._totals["deliveries"] += subscription.delivered
+            text = "client task=%s after=%d events=%d outcome=%s"
+            task_id = subscription.broker.task.id
+            logger.info(text, task_id, after, subscription.delivered, outcome)
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
             raise ServerClosing("the server is shutting down; try again when it is back")
 
-    def _broker(self, task: Task, state: TaskState) -> Broker:
-        """The task's one broker; whoever asks sees to it that it is released."""
-        broker = self._brokers.get(task.id)
-        if broker is None or broker.closing:
-            broker = self._brokers[task.id] = Broker(task, state, self.store, self.settings)
-        return broker
+    def _activate(self, broker: Broker) -> Execution:
+        execution = Execution(broker, self._engine)
+        self._active[broker.task.id] = execution
+        self._untold.pop(broker.task.id, None)
+        return execution
 
-    async def _caught_up(self, task: Task, state: TaskState) -> Broker:
-        """The task's broker when it has handed over all that was stored before this was called."""
-        while True:
-            broker = self._broker(task, state)
-            try:
-                await broker.catch_up()
-            except StreamerError:
-                self._release(broker)
-                raise
-            if self._brokers.get(task.id) is broker:  # else its last watcher has left meanwhile
-                return broker
-
-    async def _claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Broker | None:
-        """The broker of a task that is this process's to run; None where its status is another, or somebody has it."""
-        if (record := await self.store.claim(task_id, statuses)) is None:
-            return None
+    async def _execute(self, execution: Execution, outcome: Outcome | None = None) -> None:
+        broker = execution.broker
         try:
-            broker = await self._caught_up(*record)
-        except StreamerError:
-            with contextlib.suppress(StreamerError):  # it runs out by itself
-                await self.store.release(task_id)
-            raise
-        broker.owned = True
-        return broker
-
-    async def _disclaim(self, broker: Broker) -> None:
-        with contextlib.suppress(StreamerError):  # it runs out by itself
-            await self.store.release(broker.task.id)
-        broker.owned = False
-        self._release(broker)
-        self._follow(broker)
-
-    def _activate(self, broker: Broker) -> ActiveRun:
-        run = Run(broker.task, self.settings, self._secrets, broker.state.cost)
-        active = ActiveRun(broker, run)
-        self._active[broker.task.id] = active
-        self._unsaid.pop(broker.task.id, None)
-        return active
+            await execution.live(outcome)
+        finally:
+            del self._active[execution.task_id]
+            self._totals.update(execution.totals)
+            self.abandoned += execution.abandoned
+        error = execution.error
+        if isinstance(error, LeaseLost | TaskNotFound):
+            self._follow(broker)  # its end is somebody else's to tell
+        elif error is not None and not broker.ended:
+            if execution.untold is not None:
+                self._untold[execution.task_id] = execution.untold
+            resume = f"connect again with after={broker.state.last_event_id}"
+            broker.close(StoreUnavailable(f"the run was stopped: {error}; {resume}"))
+        self._brokers.drop_unused(broker)
 
     def _follow(self, broker: Broker) -> None:
-        """Follows what another process writes, while anybody watches and it is not this one that does."""
-        if broker.follower is None and broker.subscriptions and not broker.owned and not broker.ended:
-            broker.follower = anyio.CancelScope()
-            self._group.start_soon(self._following, broker, broker.follower)
+        if broker.subscriptions and broker.claim is None and not broker.ended:
+            self._group.start_soon(self._following, broker)
 
-    async def _following(self, broker: Broker, scope: anyio.CancelScope) -> None:
+    async def _following(self, broker: Broker) -> None:
         try:
-            with scope:
-                async with contextlib.aclosing(self.store.changes(broker.task.id)) as changes:
-                    async for _ in changes:
-                        if broker.owned or broker.ended or broker.closing:
-                            return
-                        with contextlib.suppress(StoreUnavailable):  # it comes back, or its lease runs out
-                            await broker.catch_up()
+            await broker.follow()
         except TaskNotFound:
-            await self._clear_away(broker.task.id)
-        finally:
-            broker.follower = None
+            await self._close_and_remove_files(broker.task.id)
 
-    def _release(self, broker: Broker) -> None:
-        task_id = broker.task.id
-        if not broker.subscriptions and not broker.owned and self._brokers.get(task_id) is broker:
-            del self._brokers[task_id]
-            if broker.follower:
-                broker.follower.cancel()
-
-    async def _clear_away(self, task_id: str) -> None:
-        self._unsaid.pop(task_id, None)
-        if broker := self._brokers.pop(task_id, None):
-            broker.close(TaskNotFound(f"task {task_id} not found: it was deleted"))
-        folder = self.settings.workspace / task_id
-        await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
-
-    # The life of a run
-
-    async def _execute(self, active: ActiveRun) -> None:
-        try:
-            await self._live(active)
-        except StreamerError as error:
-            active.store_error = error
-            await self._leave(active)
-        except Exception:  # a fault in this program, at one task: the others go on
-            logger.exception("task id=%s fault", active.run.task_id)
-            await self._conclude(active, Outcome(error=RunFailed("the server failed; its log says why")))
-
-    async def _live(self, active: ActiveRun) -> None:
-        async with contextlib.AsyncExitStack() as slot:
-            with active.scope:
-                if not self._ready.is_set():
-                    await active.broker.publish(last_message="loading MetaGPT")
-                    await self._ready.wait()
-                if not self._slots.value:
-                    await active.broker.publish(last_message="waiting for a free slot (max_running)")
-                await slot.enter_async_context(self._slots)
-            if active.stop_reason in (StopReason.SHUTDOWN, StopReason.STORE):  # it has not begun
-                await self._leave(active)
-                return
-            outcome = Outcome(error=RunFailed(self.engine_error)) if self.engine_error else Outcome()
-            if not active.stop_reason and not self.engine_error:
-                outcome = await self._run(active)
-            await self._conclude(active, outcome)
-
-    async def _run(self, active: ActiveRun) -> Outcome:
-        """Runs the runner in a worker thread, and publishes what it reports, to the last of it."""
-        broker, run = active.broker, active.run
-        active.running, active.scope = True, anyio.CancelScope()
-        task = replace(broker.task.to(TaskStatus.RUNNING), mode=self.mode)
-        draft = run.draft(EventType.TASK_START, {"message": task.title, "mode": self.mode})
-        await self._publish(broker, [draft], task, status=task.status, started_at=draft.timestamp)
-        outcome = Outcome(abandoned=True)
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._pump, active)
-            timer = asyncio.get_running_loop().call_later(
-                run.options["timeout"], active.stop, StopReason.TIMEOUT, self.settings.grace
-            )
-            try:
-                with active.scope:
-                    outcome = await anyio.to_thread.run_sync(
-                        _guarded, self._runner, run, abandon_on_cancel=True, limiter=self._threads
-                    )
-            finally:  # also where publishing fails: a thread held back at `emit` must not wait for ever
-                timer.cancel()
-                run.finish()
-        return outcome
-
-    async def _pump(self, active: ActiveRun) -> None:
-        while reports := await active.run.take():
-            drafts: list[Draft] = []
-            for report in [*reports, {}]:
-                if isinstance(report, Draft):
-                    drafts.append(report)
-                elif not active.store_error:
-                    try:
-                        await self._publish(active.broker, drafts, **report)
-                    except StreamerError as error:  # the run cannot be told of any further
-                        active.store_error = error
-                        active.stop(StopReason.STORE, self.settings.grace)
-                    drafts = []
-            await anyio.lowlevel.checkpoint()  # others get a turn
-
-    async def _publish(self, broker: Broker, drafts: Sequence[Draft], task: Task | None = None, **values: Any) -> None:
-        await broker.publish(drafts, task, **values)
-        self.counters["events"] += len(drafts)
-        if task:
-            _log(task)
-
-    async def _conclude(self, active: ActiveRun, outcome: Outcome) -> None:
-        """Decides the outcome, once, and publishes the terminal event and state (guarantees 2, 6, 7)."""
-        active.concluding = True
-        broker, run = active.broker, active.run
-        status, kind, message = self._verdict(active, outcome)
-        state: dict[str, Any] = {"status": status, "current_agent": None, "waiting": None, "completed_at": now()}
-        drafts: list[Draft] = []
-        if status is TaskStatus.SUCCEEDED:
-            result = json.loads(encode_payload(outcome.result or {}, self.settings.max_event_bytes, self._secrets))
-            message = str(result.get("message") or _summary(result))
-            drafts.append(run.draft(EventType.RESULT, {"message": message, **result}))
-            state |= {"final_result": result, "progress": 1.0}
-        if outcome.abandoned:
-            self.abandoned += 1
-            message += f"; its thread did not stop within {self.settings.grace:g} s and was abandoned"
-        drafts.append(run.draft(kind, {"message": message, "mode": self.mode}))
-        message = drafts[-1].message
-        if status is TaskStatus.FAILED:
-            state["error_message"] = message
-        try:
-            await self._publish(broker, drafts, broker.task.to(status, message), **state)
-        except StreamerError as error:
-            active.store_error = error
-            self._unsaid[broker.task.id] = message
-            await self._leave(active)
-        else:
-            self._finish(active)
-
-    def _finish(self, active: ActiveRun) -> None:
-        active.broker.owned = False
-        del self._active[active.run.task_id]
-        self._spent.update({name: value or 0 for name, value in active.run.own_cost.items()})
-        active.done.set()
-        self._release(active.broker)
-
-    async def _leave(self, active: ActiveRun) -> None:
-        """Ends this process's part in a task whose end is not stored: the log tells it, once it can be written."""
-        broker = active.broker
-        if active.stop_reason is not StopReason.SHUTDOWN:  # then whoever comes next takes it over as it is
-            with contextlib.suppress(StreamerError):
-                await self.store.release(broker.task.id)
-        self._finish(active)
-        logger.warning("task id=%s left=%r", broker.task.id, str(active.store_error or active.stop_reason))
-        if isinstance(active.store_error, LeaseLost | TaskNotFound):
-            self._unsaid.pop(broker.task.id, None)  # it is somebody else's to say
-            self._follow(broker)
-        elif active.store_error:
-            resume = f"connect again with after={broker.state.last_event_id}"
-            broker.close(StoreUnavailable(f"the run was stopped: {active.store_error}; {resume}"))
-
-    def _verdict(self, active: ActiveRun, outcome: Outcome) -> tuple[TaskStatus, EventType, str]:
-        error = outcome.error
-        if active.stop_reason is StopReason.TIMEOUT:
-            error = RunFailed(f"timed out after {active.run.options['timeout']:g} s (options.timeout)")
-        elif active.stop_reason is StopReason.STORE:
-            error = RunFailed(f"the run was stopped: {active.store_error or active.stop_reason.value}")
-        elif active.stop_reason is not None:
-            return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, active.stop_reason.value
-        elif error is None and not isinstance(outcome.result, Mapping | None):
-            error = RunFailed(f"the runner must return a mapping or None, not {type(outcome.result).__name__}")
-        if error is None:
-            return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
-        reason = reason_of(error)
-        logger.error("task id=%s failed=%s", active.run.task_id, ascii(active.run.redact(reason)))
-        return TaskStatus.FAILED, EventType.TASK_ERROR, reason
-
-
-def _log(task: Task) -> None:
-    logger.info("task id=%s status=%s mode=%s", task.id, task.status, task.mode)
-
-
-def _guarded(call: Callable[..., Any], *args: Any) -> Outcome:
-    """The boundary to other people's code: whatever it raises, SystemExit too, is a result here and stops no loop."""
-    try:
-        return Outcome(call(*args))
-    except BaseException as error:
-        return Outcome(error=error)
-
-
-def _summary(result: Mapping[str, Any]) -> str:
-    parts = [f"{len(result['files'])} files"] if isinstance(result.get("files"), list) else []
-    parts += [f"{result['rounds']} rounds"] if "rounds" in result else []
-    cost = result.get("cost")
-    if isinstance(cost, dict) and "total_cost" in cost:
-        parts.append(price_text(cost["total_cost"]))
-    return ", ".join(parts) or "done"
+    async def _close_and_remove_files(self, task_id: str) -> None:
+        """Of a task that is forgotten."""
+        self._untold.pop(task_id, None)
+        deleted = TaskNotFound(f"task {task_id} not found: it was deleted")
+        self._brokers.close(task_id, deleted)
+        remove = partial(shutil.rmtree, self.settings.workspace / task_id, ignore_errors=True)
+        await anyio.to_thread.run_sync(remove)
 
 
 # -----------------------------------------------------------------------------
@@ -4226,8 +4769,8 @@ async def get_events(request: Request) -> Response:
     limit = _whole(request.query_params, "limit", 1000, 1, 1000)
     state = await supervisor.state(task_id)
     events = await supervisor.store.read(task_id, after, limit)
-    last = events[-1].event_id if events else min(after, state.last_event_id)
-    wanted = [event.data for event in events if types is None or event.event_type in types]
+    last = events[-1].id if events else min(after, state.last_event_id)
+    wanted = [event.data for event in events if types is None or event.type in types]
     more = encode(last < state.last_event_id)
     text = f'{{"events":[{",".join(wanted)}],"last_event_id":{last},"has_more":{more}}}'
     return Response(text, media_type="application/json")
@@ -4389,8 +4932,7 @@ async def get_metrics(request: Request) -> Response:
     }
     for name, value in gauges.items():
         lines += [f"# TYPE streamer_{name} gauge", f"streamer_{name} {value}"]
-    counters = {**supervisor.counters, "deliveries": supervisor.deliveries, **supervisor.spent}
-    for name, total in counters.items():
+    for name, total in supervisor.totals.items():
         lines += [f"# TYPE streamer_{name}_total counter", f"streamer_{name}_total {total}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
@@ -4410,7 +4952,7 @@ def connected_message(subscription: Subscription) -> str:
         "message": f"watching {quoted(task.title)}{note}",
         "mode": task.mode,
         "status": task.status,
-        "first_event_id": broker.first_event_id,
+        "first_event_id": subscription.first_event_id,
         "last_event_id": broker.state.last_event_id,
         "recovered": subscription.recovered,
     }
@@ -4444,11 +4986,8 @@ class EventStream(StreamingResponse):
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
         yield f"data: {connected_message(subscription)}\n\n"
         try:
-            async for events, state in subscription:
-                text = subscription.broker.server_sent(events)
-                if state:
-                    text += f"data: {state}\n\n"
-                yield text
+            async for delivery in subscription:
+                yield delivery.server_sent
         except StreamerError as error:
             yield f"data: {envelope('error', error.as_dict())}\n\n"
 
@@ -4527,8 +5066,8 @@ class SocketStream:
     async def _deliver_all(self, start: bool) -> None:
         broker = self._subscription.broker
         await self._websocket.send_text(connected_message(self._subscription))
-        if self._subscription.types is None:
-            self._subscription.write = self._frames.get("write")
+        if self._frames:
+            self._subscription.write_directly(self._frames["write"])
         deliveries = aiter(self._subscription)
         await self._deliver(await anext(deliveries))
         if start and broker.task.status is TaskStatus.PENDING:
@@ -4538,15 +5077,11 @@ class SocketStream:
 
     async def _deliver(self, delivery: Delivery) -> None:
         if self._frames:
-            frames = [event.frame for event in delivery.events]
-            if delivery.state:
-                frames.append(text_frame(delivery.state))
-            await self._websocket.send({"type": "websocket.send", "frames": b"".join(frames)})
+            message = {"type": "websocket.send", "frames": delivery.frames}
+            await self._websocket.send(message)
             return
-        for event in delivery.events:
-            await self._websocket.send_text(event.message)
-        if delivery.state:
-            await self._websocket.send_text(delivery.state)
+        for text in delivery.messages:
+            await self._websocket.send_text(text)
 
     async def _listen(self) -> None:
         """Does what the client says, until it goes. Raises WebSocketDisconnect, SlowClient."""
@@ -5093,8 +5628,8 @@ async def _run_here(
         task, _ = await supervisor.submit(prompt, prompt[:80], options)
         async with supervisor.watch(task.id) as subscription:
             await supervisor.start(task.id)
-            async for events, state in subscription:
-                for message in [*(event.message for event in events), *([state] if state else [])]:
+            async for delivery in subscription:
+                for message in delivery.messages:
                     transcript.show(json.loads(message))
         transcript.end(supervisor.settings.workspace / task.id)
         return subscription.broker.task.status

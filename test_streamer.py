@@ -830,11 +830,19 @@ def numbered(first: int, count: int, task_id: str = "a") -> list[streamer.Event]
     return [draft(number).numbered(number, task_id) for number in range(first, first + count)]
 
 
-async def finish(store: Any, task_id: str, status: TaskStatus = TaskStatus.CANCELLED) -> None:
-    record = await store.claim(task_id, set(TaskStatus))
-    assert record is not None
-    task, state = record
-    await store.write(dataclasses.replace(state, status=status), (), dataclasses.replace(task, status=status))
+async def claimed(store: streamer.Store, task_id: str) -> streamer.Claim:
+    claim = await store.claim(task_id, set(TaskStatus))
+    assert claim is not None
+    return claim
+
+
+async def finish(
+    store: streamer.Store, task_id: str, status: TaskStatus = TaskStatus.CANCELLED
+) -> None:
+    claim = await claimed(store, task_id)
+    task, state, _ = claim.record
+    ended = dataclasses.replace(task, status=status)
+    await claim.write(dataclasses.replace(state, status=status), (), ended)
 
 
 @pytest.mark.anyio
@@ -844,46 +852,52 @@ async def test_store_keeps_what_is_written(stored: dict[str, Any]) -> None:
         assert await store.create(named("a")) == []
         with pytest.raises(streamer.TaskExists):
             await store.create(named("a"))
-        task, state = await store.load("a")
+        task, state, first = await store.load("a")
         assert (task.input_prompt, task.options, state) == ("日本 \x00 p", {"a": 1}, streamer.TaskState(task_id="a"))
-        assert (await store.read("a", 0, 10), await store.first_event_id("a")) == ([], 1)
+        assert (list(await store.read("a", 0, 10)), first) == ([], 1)
         assert await store.claim("a", {TaskStatus.RUNNING}) is None
-        assert await store.claim("a", {TaskStatus.PENDING}) is not None
+        claim = await store.claim("a", {TaskStatus.PENDING})
+        assert claim.record == (task, state, 1)
         assert await store.claim("a", {TaskStatus.PENDING}) is None
         waiting = ("Engineer", "WriteCode", 1.5)
         running = dataclasses.replace(state, status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5)
         events = numbered(1, 3)
-        await store.write(running, events, task.to(TaskStatus.RUNNING))
-        assert (await store.load("a"))[1] == running
-        assert (await store.load("a"))[0].status is TaskStatus.RUNNING
+        await claim.write(running, events, task.to(TaskStatus.RUNNING))
+        assert (await store.load("a")).state == running
+        assert (await store.load("a")).task.status is TaskStatus.RUNNING
         assert list(await store.read("a", 1, 1)) == events[1:2]
         assert list(await store.read("a", 0, 9)) == events
-        await store.write(dataclasses.replace(running, last_event_id=4), numbered(4, 1))
-        assert [event.event_id for event in await store.read("a", 2, 9)] == [3, 4]
+        await claim.write(dataclasses.replace(running, last_event_id=4), numbered(4, 1))
+        assert [event.id for event in await store.read("a", 2, 9)] == [3, 4]
         await store.forget("a")
         with pytest.raises(streamer.TaskNotFound):
             await store.load("a")
         assert list(await store.read("a", 0, 9)) == []
-        with pytest.raises((streamer.LeaseLost, streamer.TaskNotFound)):
-            await store.write(running, numbered(5, 1))
+        with pytest.raises(streamer.LeaseLost):
+            await claim.write(running, numbered(5, 1))
         assert await store.page(None, 0, 10) == ([], 0)
 
 
 @pytest.mark.anyio
-async def test_store_writes_for_the_claimant_only(stored: dict[str, Any]) -> None:
+async def test_store_claim_is_the_right_to_write(stored: dict[str, Any]) -> None:
+    """One claim at a time; what was released, or has ended, writes nothing more."""
     async with opened(**stored) as store:
         await store.create(named("a"))
         state = streamer.TaskState(task_id="a", last_event_id=1)
+        first = await claimed(store, "a")
+        assert await store.claim("a", set(TaskStatus)) is None
+        await first.release()
         with pytest.raises(streamer.LeaseLost):
-            await store.write(state, numbered(1, 1))
-        await store.claim("a", {TaskStatus.PENDING})
-        await store.release("a")
+            await first.write(state, numbered(1, 1))
+        second = await claimed(store, "a")
         with pytest.raises(streamer.LeaseLost):
-            await store.write(state, numbered(1, 1))
-        assert list(await store.read("a", 0, 9)) == []
+            await first.write(state, numbered(1, 1))
+        await second.write(state, numbered(1, 1))
+        await second.release()
         await finish(store, "a")
         with pytest.raises(streamer.LeaseLost):
-            await store.write(state, numbered(1, 1))
+            await second.write(dataclasses.replace(state, last_event_id=2), numbered(2, 1))
+        assert [event.id for event in await store.read("a", 0, 9)] == [1]
 
 
 @pytest.mark.anyio
@@ -891,12 +905,12 @@ async def test_store_drops_the_oldest_events(stored: dict[str, Any]) -> None:
     """Beyond max_events; the numbers go on, and a reader that lags begins at the oldest kept."""
     async with opened(max_events=10, **stored) as store:
         await store.create(named("a"))
-        await store.claim("a", {TaskStatus.PENDING})
+        claim = await claimed(store, "a")
         for batch in range(10):
             state = streamer.TaskState(task_id="a", last_event_id=7 * batch + 7)
-            await store.write(state, numbered(7 * batch + 1, 7))
-        assert [event.event_id for event in await store.read("a", 0, 100)] == list(range(61, 71))
-        assert await store.first_event_id("a") == 61
+            await claim.write(state, numbered(7 * batch + 1, 7))
+        assert [event.id for event in await store.read("a", 0, 100)] == list(range(61, 71))
+        assert (await store.load("a")).first_event_id == 61
 
 
 @pytest.mark.anyio
@@ -912,15 +926,16 @@ async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> N
         assert [each.id for each in (await store.page(None, 0, 10))[0]] == ["c", "b"]
         await finish(store, "b", TaskStatus.FAILED)
         assert [each.id for each in (await store.page(TaskStatus.FAILED, 0, 10))[0]] == ["b"]
-        assert await store.page(None, 1, 1) == ([(await store.load("b"))[0]], 2)
+        assert await store.page(None, 1, 1) == ([(await store.load("b")).task], 2)
         assert await store.count() == {TaskStatus.PENDING: 1, TaskStatus.FAILED: 1}
 
 
-async def start_stored(store: Any, task_id: str) -> None:
-    record = await store.claim(task_id, {TaskStatus.PENDING})
-    assert record is not None
-    running = dataclasses.replace(record[1], status=TaskStatus.RUNNING, last_event_id=1)
-    await store.write(running, numbered(1, 1, task_id), record[0].to(TaskStatus.RUNNING))
+async def start_stored(store: streamer.Store, task_id: str) -> streamer.Claim:
+    claim = await claimed(store, task_id)
+    task, state, _ = claim.record
+    running = dataclasses.replace(state, status=TaskStatus.RUNNING, last_event_id=1)
+    await claim.write(running, numbered(1, 1, task_id), task.to(TaskStatus.RUNNING))
+    return claim
 
 
 @pytest.mark.anyio
@@ -929,9 +944,9 @@ async def test_store_sweep_finds_orphans(stored: dict[str, Any]) -> None:
     async with opened(**stored) as store:
         for name in "ab":
             await store.create(named(name))
-        await start_stored(store, "a")
+        claim = await start_stored(store, "a")
         assert not any(await store.sweep())
-        await store.release("a")
+        await claim.release()
         with anyio.fail_after(TIMEOUT):
             while list((await store.sweep()).orphans) != ["a"]:
                 await store.pause(0.1)
@@ -1468,7 +1483,7 @@ def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServ
 
 
 def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) -> None:
-    """One hash and one stream a task, an index, a lease; 1,000 finished tasks later as many as max_tasks allows."""
+    """A hash and a stream a task, two lists of them, a lease; after 1,000 tasks as many as max_tasks allows."""
     redis_server("FLUSHALL")
     with live(burst(20), tmp_path, redis_url=redis_server.url, max_tasks=20, max_events=10, max_age=1000) as client:
 
@@ -1482,8 +1497,9 @@ def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) ->
         after = redis_server("MEMORY", "STATS")["dataset.bytes"]
         keys = redis_server("KEYS", "*")
         assert {key.split(":")[0] for key in keys} == {"streamer"}
-        assert Counter(key.split(":")[1] for key in keys) == {"task": 20, "log": 20, "tasks": 1, "lease": 1}
-        assert all(0 < redis_server("TTL", key) <= 1000 for key in keys if key != "streamer:tasks")
+        assert Counter(key.split(":")[1] for key in keys) == {"task": 20, "log": 20, "tasks": 2, "lease": 1}
+        expiring = [key for key in keys if not key.startswith("streamer:tasks")]
+        assert all(0 < redis_server("TTL", key) <= 1000 for key in expiring)
         assert after < 1.2 * before + 100_000
     assert [key for key in redis_server("KEYS", "streamer:lease:*") if redis_server("PTTL", key) < 0] == []
 
@@ -1493,12 +1509,17 @@ def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) ->
 # -----------------------------------------------------------------------------
 
 
-async def new_broker(**settings: Any) -> streamer.Broker:
+async def new_broker(
+    make: Callable[[Settings], streamer.Store] = streamer.MemoryStore, **settings: Any
+) -> streamer.Broker:
+    """With the claim of its task."""
     chosen = Settings(**settings)
-    store = streamer.MemoryStore(chosen)
+    store = make(chosen)
     await store.create(make_task())
-    await store.claim("t", set(TaskStatus))
-    return streamer.Broker(*await store.load("t"), store, chosen)
+    claim = await claimed(store, "t")
+    broker = streamer.Broker(claim.record, store, chosen)
+    await broker.hold(claim)
+    return broker
 
 
 async def end_task(broker: streamer.Broker, status: TaskStatus = TaskStatus.FAILED) -> None:
@@ -1508,8 +1529,8 @@ async def end_task(broker: streamer.Broker, status: TaskStatus = TaskStatus.FAIL
 async def collect(subscription: streamer.Subscription) -> list[int]:
     found: list[int] = []
     try:
-        async for events, _ in subscription:
-            found += [event.event_id for event in events]
+        async for delivery in subscription:
+            found += [event.id for event in delivery.events]
     finally:
         subscription.close()
     return found
@@ -1552,8 +1573,8 @@ class HeldStore(streamer.MemoryStore):
 
     held: anyio.Event | None = None
 
-    async def write(self, *args: Any, **kwargs: Any) -> None:
-        await super().write(*args, **kwargs)
+    async def write(self, *args: Any) -> None:
+        await super().write(*args)
         if self.held:
             await self.held.wait()
 
@@ -1561,11 +1582,9 @@ class HeldStore(streamer.MemoryStore):
 @pytest.mark.anyio
 async def test_broker_hands_over_once_what_the_log_has_already() -> None:
     """What is in the log but not handed over yet waits for that: a client is never ahead, and gets it once."""
-    settings = Settings()
-    store = HeldStore(settings)
-    await store.create(make_task())
-    await store.claim("t", set(TaskStatus))
-    broker = streamer.Broker(*await store.load("t"), store, settings)
+    broker = await new_broker(HeldStore)
+    store = broker.store
+    assert isinstance(store, HeldStore)
     await broker.publish([draft(number) for number in range(10)])
     store.held = anyio.Event()
     found: list[int] = []
@@ -1595,11 +1614,11 @@ async def test_client_from_another_process_goes_on_where_it_was(tmp_path: Path) 
     supervisor = streamer.Supervisor(settings, store, lambda run: {})
     async with supervisor.open():
         created, _ = await supervisor.submit("p", "t", streamer.parse_options({}, 60))
-        await store.claim(created.id, {TaskStatus.PENDING})  # by the other
+        claim = await claimed(store, created.id)  # by the other
         for number in range(1, 5):
             async with supervisor.watch(created.id) as stays:
                 state = streamer.TaskState(task_id=created.id, last_event_id=number)
-                await store.write(state, numbered(number, 1, created.id))
+                await claim.write(state, numbered(number, 1, created.id))
                 async with supervisor.watch(created.id, number) as moved:
                     assert (moved.recovered, moved.cursor) == (True, number)
                 assert stays.broker is moved.broker
@@ -1625,42 +1644,44 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     await broker.publish([draft(2, EventType.TASK_COMPLETE)], progress=0.2)
     await end_task(broker, TaskStatus.SUCCEEDED)
     seen = []
-    async for events, state in subscription:
-        seen += [event.event_type.value for event in events]
-        seen += [json.loads(state)["data"]["status"]] if state else []
+    async for delivery in subscription:
+        seen += [event.type.value for event in delivery.events]
+        seen += [json.loads(delivery.state)["data"]["status"]] if delivery.state else []
     subscription.close()
     assert seen == ["SUCCEEDED", "AGENT_START", "TASK_COMPLETE", "SUCCEEDED"]
     assert broker.state.progress == 0.5
 
 
-@pytest.mark.anyio
-async def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None:
+def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None:
     """A runner faster than the loop waits at `emit`; what waits for the loop stays bounded."""
     run = Run(make_task(), Settings(workspace=tmp_path))
+    outbox = run.outbox
     emitted = 0
 
     def flood() -> None:
         nonlocal emitted
-        for _ in range(3 * run.MAX_ITEMS):
+        for _ in range(3 * outbox.MAX_REPORTS):
             run.emit("LOG")
             emitted += 1
 
     thread = threading.Thread(target=flood)
     thread.start()
-    while emitted < run.MAX_ITEMS:
-        thread.join(0.01)
+    wait_until(lambda: emitted == outbox.MAX_REPORTS)
     thread.join(0.2)
-    assert thread.is_alive()
-    assert emitted == run.MAX_ITEMS
+    assert (thread.is_alive(), emitted) == (True, outbox.MAX_REPORTS)
     taken = 0
-    while taken < 3 * run.MAX_ITEMS:
-        taken += len(await run.take())
-        assert emitted - taken <= run.MAX_ITEMS + 1
+
+    def take() -> bool:
+        nonlocal taken
+        taken += len(outbox.take())
+        assert emitted - taken <= outbox.MAX_REPORTS
+        return taken == 3 * outbox.MAX_REPORTS
+
+    wait_until(take)
     thread.join(TIMEOUT)
-    run.finish()
-    assert await run.take() == []
+    outbox.finish()
     run.emit("LOG")  # goes nowhere, and does not wait
-    assert await run.take() == []
+    assert outbox.take() == []
 
 
 # -----------------------------------------------------------------------------
@@ -1722,7 +1743,7 @@ async def one():
         task, _ = await app.state.supervisor.submit("p", "t", streamer.parse_options({"implement": False}, 60))
         async with app.state.supervisor.watch(task.id) as subscription:
             await app.state.supervisor.start(task.id)
-            return [event.event_type async for events, _ in subscription for event in events]
+            return [event.type async for delivery in subscription for event in delivery.events]
 assert anyio.run(one)[-1] == "TASK_COMPLETE"
 assert not {"metagpt", "openai", "loguru", "pydantic", "yaml", "numpy"} & set(sys.modules), "imported"
 """
@@ -2859,7 +2880,7 @@ async def test_cancel_races_success(tmp_path: Path) -> None:
                     expected = "TASK_CANCELLED"
                 except streamer.TaskEnded:
                     expected = "TASK_COMPLETE"
-                kinds = [event.event_type async for events, _ in subscription for event in events]
+                kinds = [event.type async for delivery in subscription for event in delivery.events]
             assert [kind for kind in kinds if kind in TERMINAL] == [expected]
             ends[expected] += 1
     assert set(ends) == {"TASK_CANCELLED", "TASK_COMPLETE"}
@@ -3266,20 +3287,29 @@ streamer.serve(streamer.create_app(settings, runner=runner), settings)
 async def test_fault_another_threads_put_does_not_wake_the_loop(tmp_path: Path) -> None:
     """cpython#97970. One emit on a loop that has nothing else to do is taken at once."""
     run = Run(make_task(), Settings(workspace=tmp_path))
+    news = asyncio.Event()
+    run.outbox.attach(partial(asyncio.get_running_loop().call_soon_threadsafe, news.set))
+    await news.wait()
+    assert run.outbox.take() == []
+    news.clear()
     thread = threading.Timer(0.05, run.emit, ("LOG",))
     thread.start()
     with anyio.fail_after(TIMEOUT):
-        assert len(await run.take()) == 1
+        await news.wait()
+    assert len(run.outbox.take()) == 1
     thread.join(TIMEOUT)
 
 
 def test_fault_the_loop_closes_under_a_worker(tmp_path: Path) -> None:
     """anyio PR 1245. A thread that outlives the loop can emit, is not heard, and does not fail."""
+    run = Run(make_task(), Settings(workspace=tmp_path))
 
-    async def orphan() -> Run:
-        return Run(make_task(), Settings(workspace=tmp_path))
+    async def watch() -> None:
+        loop = asyncio.get_running_loop()
+        run.outbox.attach(partial(loop.call_soon_threadsafe, bool))
+        assert run.outbox.take() == []
 
-    run = asyncio.run(orphan())
+    asyncio.run(watch())
     run.emit("LOG", {"message": "nobody is left"})
     run.update(progress=0.5)
 
@@ -3372,13 +3402,13 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
                 sent.extend(frames if accepted else b"")
                 return accepted
 
-            subscription.write = write
+            subscription.write_directly(write)
         try:
-            async for events, state in subscription:
+            async for delivery in subscription:
                 if ready:
-                    sent.extend(b"".join(event.frame for event in events))
-                seen += [event.event_id for event in events]
-                states += state is not None
+                    sent.extend(delivery.events.frames)
+                seen += [event.id for event in delivery.events]
+                states += delivery.state is not None
                 for _ in range(chance.randrange(4)):
                     await anyio.lowlevel.checkpoint()
                 lives -= 1
