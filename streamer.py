@@ -2709,8 +2709,8 @@ def check_git(environ: Mapping[str, str]) -> None:
     if shutil.which(program, path=environ.get("PATH")) is None:
         how = "apt-get install git, or brew install git"
         raise SettingsError(
-            f"{program} is not on PATH, and MetaGPT needs it. Install it ({how}), or see a scripted "
-            "team with --test-mode"
+            f"{program} is not on PATH, and MetaGPT needs it. Install it ({how}), or see a "
+            "scripted team with --test-mode"
         )
 
 
@@ -3136,7 +3136,7 @@ def _mend_file_names(engine: types.SimpleNamespace) -> None:
 
 
 def _mend_dependency_file() -> None:
-    """It takes the backslashes of JSON for those of Windows, which garbles names in other scripts."""
+    """It takes JSON's backslashes for those of Windows, which garbles names in other scripts."""
     module = importlib.import_module("metagpt.utils.dependency_file")
 
     async def load(file: Any) -> None:
