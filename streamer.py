@@ -186,6 +186,9 @@ class Settings:
     send_timeout: float = _setting(20.0, "seconds a client may stay blocked", low=0.05)
     grace: float = _setting(10.0, "seconds a cancelled run gets to stop", low=0.1)
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
+    model_timeout: float = _setting(
+        300.0, "seconds a model may stay silent before it is asked again", low=0.05
+    )
     max_age: float = _setting(
         604800.0, "seconds until a task that does not run is forgotten", low=1
     )
@@ -431,6 +434,7 @@ class EventType(StrEnum):
     AGENT_COMPLETE = "AGENT_COMPLETE"
     MESSAGE = "MESSAGE"
     TOKEN = "TOKEN"
+    REASONING = "REASONING"
     ARTIFACT = "ARTIFACT"
     LOG = "LOG"
     ERROR = "ERROR"
@@ -2331,7 +2335,8 @@ class Run:
         self.workspace = settings.workspace / task.id
         self.secrets = secrets
         self.outbox = Outbox()
-        self._max_bytes = settings.max_event_bytes
+        self.max_event_bytes = settings.max_event_bytes
+        self.model_timeout = settings.model_timeout
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -2380,9 +2385,12 @@ class Run:
             given["cost"] = self.cost
         self.outbox.put(given)
 
-    def waits_for_model(self, agent_role: str | None = None, action: str | None = None) -> None:
-        """Shows the agent as waiting for its model from now on; without arguments, that none is."""
-        waiting = (fit(agent_role), fit(action), time.time()) if agent_role else None
+    def waits_for_model(
+        self, agent_role: str | None = None, action: str | None = None, since: float | None = None
+    ) -> None:
+        """Shows that the agent waits for its model, since a time or from now on; or that none does."""
+        since = time.time() if since is None else since
+        waiting = (fit(agent_role), fit(action), since) if agent_role else None
         self.outbox.put({"waiting": waiting})
 
     def check_cancelled(self) -> None:
@@ -2438,7 +2446,7 @@ class Run:
         if agent_role is not None:
             plain = type(agent_role) is str and agent_role.isascii() and len(agent_role) < 64
             agent_role = agent_role if plain else str(fit(agent_role, 64, self.secrets))
-        encoded = encode_payload(payload, self._max_bytes, self.secrets)
+        encoded = encode_payload(payload, self.max_event_bytes, self.secrets)
         return Draft(kind, agent_role, now(), text, encoded)
 
     def cancel(self) -> None:
@@ -2806,11 +2814,14 @@ ENGINE_NAMES: Mapping[str, str] = {
     "set_llm_stream_logfunc": "metagpt.logs",
     "LLM_REGISTRY": "metagpt.provider.llm_provider_registry",
     "openai_api": "metagpt.provider",
+    "BaseLLM": "metagpt.provider.base_llm",
     "Team": "metagpt.team",
     "roles": "metagpt",
     "CostManager": "metagpt.utils.cost_manager",
     "FileRepository": "metagpt.utils.file_repository",
     "GitRepository": "metagpt.utils.git_repository",
+    "Timeout": "openai",
+    "TransportError": "httpx2",  # of what the SDKs of OpenAI and Anthropic are built on
 }
 _engine: types.SimpleNamespace | None = None  # imported once for the process, as MetaGPT's hooks are its own
 _engine_lock = threading.Lock()
@@ -3025,7 +3036,7 @@ def _route_output(engine: types.SimpleNamespace) -> None:
 
     def token(text: str) -> None:
         if (speaker := _speaker.get()) and speaker.call:
-            speaker.call.add(text)
+            speaker.call.take(Chunk(text))
 
     engine.loguru.add(log, level="INFO", format="{message}", backtrace=False, diagnose=False)
     engine.set_llm_stream_logfunc(token)
@@ -3042,6 +3053,7 @@ def _mend(engine: types.SimpleNamespace) -> None:
     _mend_shared_nodes(engine)
     _mend_package_installs(engine)
     _mend_token_counts(engine)
+    _mend_model_requests(engine)
 
 
 def _patch(target: Any, name: str, around: Callable[..., Any]) -> None:
@@ -3225,8 +3237,27 @@ def _mend_package_installs(engine: types.SimpleNamespace) -> None:
 
 def _mend_token_counts(engine: types.SimpleNamespace) -> None:
     """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
-    engine.openai_api.count_output_tokens = lambda text, model: -(-len(text) // 4)
-    engine.openai_api.count_input_tokens = lambda messages, model: -(-len(str(messages)) // 4)
+    engine.openai_api.count_output_tokens = lambda text, model: estimate_tokens(text)
+    engine.openai_api.count_input_tokens = lambda messages, model: estimate_tokens(str(messages))
+
+
+def _mend_model_requests(engine: types.SimpleNamespace) -> None:
+    """It believes whatever a model's server sends; `_ModelRequest` does not."""
+
+    async def asked(
+        method: Callable[..., Any], model: Any, messages: Any, stream: bool = False, **kwargs: Any
+    ) -> Any:
+        speaker = _speaker.get()
+        own_method = partial(method, model, messages, stream=stream, **kwargs)
+        if speaker is None:
+            return await own_method()
+        kinds = [kind for kind in type(model).__mro__ if "_achat_completion_stream" in vars(kind)]
+        vendor = ASKED.get(kinds[0].__name__) or _other_vendor(own_method, stream)
+        return await _ModelRequest(speaker, vendor, model, messages, stream).answer()
+
+    for kind in (engine.BaseLLM, *_subclasses(engine.BaseLLM)):
+        if "acompletion_text" in vars(kind):
+            _patch(kind, "acompletion_text", asked)
 
 
 def _address_models(engine: types.SimpleNamespace) -> None:
@@ -3275,27 +3306,623 @@ class _RoleFailed(_GiveUp):
     """A role could not go on; its ERROR was emitted."""
 
 
-class _ModelCall:
-    """One request to the model: the tokens of 50 ms become one event."""
+# Model requests. What is asked of a model is MetaGPT's own; how it is sent, and whether the answer
+# is whole (guarantee 7), is settled here, for every vendor alike.
 
-    def __init__(self, speaker: _Speaker) -> None:
-        self.speaker, self.action, self.id = speaker, speaker.action, uuid.uuid4().hex[:12]
-        self._text = ""
+
+class Chunk(NamedTuple):
+    """A piece of an answer, as any vendor's server sends it."""
+
+    text: str = ""
+    reasoning: str = ""  # of the model's thinking, no part of the answer
+    finish_reason: str = ""
+    usage: Mapping[str, int] = {}
+
+
+class PartialAnswer(Exception):
+    """An answer that is not whole; `retry`: whether asking again can help."""
+
+    def __init__(self, reason: str, retry: bool) -> None:
+        super().__init__(reason)
+        self.retry = retry
+
+
+class _CutAnswer(PartialAnswer):
+    """An answer that reached the limit of its tokens."""
+
+
+class _BodyReader:
+    """Takes the body of an answer apart into JSON documents; `[DONE]` is None.
+
+    They come as server-sent events, as lines, or as one document where a server does not stream.
+    Raises ServerError for an error among them, PartialAnswer for half a document, and
+    NotACompletion for anything else.
+    """
+
+    def __init__(self) -> None:
+        self._line = bytearray()  # one that has not ended
+        self._event = ""
+        self._data: list[str] = []
+        self._plain = ""  # lines that are no server-sent event
+        self._done = False
+
+    def feed(self, piece: bytes) -> Iterator[Any]:
+        head, newline, tail = piece.rpartition(b"\n")
+        if newline:
+            lines = (self._line + head).split(b"\n")
+            self._line.clear()
+            for line in lines:
+                yield from self._take(line.decode(errors="replace").strip("\r\ufeff"))
+        self._line += tail
+
+    def end(self) -> Iterator[Any]:
+        yield from self.feed(b"\n\n")
+        if self._plain.startswith(("{", "[")):
+            raise _broken_off(self._plain)
+        if self._plain:
+            raise NotACompletion(self._plain)
+
+    def _take(self, line: str) -> Iterator[Any]:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if self._done or name in ("id", "retry") or (not name and line):  # a comment has no name
+            return
+        if name == "event":
+            self._event = value
+        elif name == "data":
+            self._data.append(value)
+        elif name == "error":  # as llama.cpp wrote before 2025
+            raise ServerError(_parsed(value))
+        elif line:
+            self._plain += f"{line}\n"
+            if line.endswith(("}", "]")) and _parsed(self._plain) != self._plain:
+                yield _checked(_parsed(self._plain), "")
+                self._plain = ""
+        elif self._data:
+            data = "\n".join(self._data)
+            event = self._event
+            self._data.clear()
+            self._event = ""
+            self._done = data.startswith("[DONE]")
+            document = None if self._done else _parsed(data)
+            if document == data:
+                raise _broken_off(data)
+            yield document if document is None else _checked(document, event)
+
+
+def _parsed(text: str) -> Any:
+    """The JSON document that `text` is, or else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _broken_off(piece: str) -> PartialAnswer:
+    return PartialAnswer(f"the model's answer broke off, in {quoted(piece[-60:])}", True)
+
+
+def _checked(document: Any, event: str) -> Any:
+    """`document`, unless it is an error."""
+    if event == "error":
+        raise ServerError(document)
+    if not isinstance(document, Mapping):
+        raise NotACompletion(encode(fit(document)))
+    if document.get("error") or "error" in (document.get("object"), document.get("type")):
+        raise ServerError(document)
+    return document
+
+
+async def _documents(response: Any) -> AsyncGenerator[Any, None]:
+    """The JSON documents of a body as they come; the response is closed behind them."""
+    reader = _BodyReader()
+    try:
+        async for piece in response.aiter_bytes():
+            for document in reader.feed(piece):
+                yield document
+        for document in reader.end():
+            yield document
+    finally:
+        await response.aclose()
+
+
+class _Vendor(NamedTuple):
+    """How models of one vendor are asked."""
+
+    arguments: Callable[[Any, Any, bool], dict[str, Any]]  # of (model, messages, stream)
+    send: Callable[[Any, dict[str, Any], Any], AsyncGenerator[Any, None]]  # and with timeouts
+    chunk: Callable[[Any], Chunk]  # of what `send` yields
+    own_method: bool = False  # MetaGPT's, which books what it cost
+
+
+async def _send(
+    create: Callable[..., Awaitable[Any]], arguments: Mapping[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """Sends by the method of an SDK; a stream is read past it, as it hides how one ends."""
+    answer = await create(**arguments)
+    if arguments.get("stream"):
+        async with contextlib.aclosing(_documents(answer.response)) as documents:
+            async for document in documents:
+                yield document
+    elif hasattr(answer, "to_dict"):
+        yield _checked(answer.to_dict(warnings=False), "")
+    else:
+        raise NotACompletion(answer if isinstance(answer, str) else encode(fit(answer)))
+
+
+def _openai_arguments(model: Any, messages: Any, stream: bool) -> dict[str, Any]:
+    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    return {**model._cons_kwargs(messages), **more}
+
+
+def _openai_send(model: Any, arguments: dict[str, Any], timeouts: Any) -> AsyncGenerator[Any, None]:
+    client = model.aclient
+    client.max_retries = 0  # it would try again in silence
+    return _send(client.chat.completions.create, {**arguments, "timeout": timeouts})
+
+
+def _openai_chunk(document: Any) -> Chunk:
+    choices = [choice for choice in document.get("choices") or () if not choice.get("index")]
+    choice = choices[0] if choices else {}
+    said = choice.get("delta") or choice.get("message") or {}
+    text, reasoning = _content(said.get("content"))
+    reasoning = said.get("reasoning_content") or said.get("reasoning") or reasoning
+    finish_reason = choice.get("finish_reason") or ""
+    if said.get("refusal"):
+        text += said["refusal"]
+        finish_reason = "refusal"
+    elif "message" in choice and text:  # not streamed, so it is all there
+        finish_reason = finish_reason or "stop"
+    groq = document.get("x_groq") or {}
+    usage = document.get("usage") or choice.get("usage") or groq.get("usage")  # Moonshot's, Groq's
+    counts = _counts(usage, "prompt_tokens", "completion_tokens")
+    return Chunk(text, reasoning, finish_reason, counts)
+
+
+def _anthropic_arguments(model: Any, messages: Any, stream: bool) -> dict[str, Any]:
+    return dict(model._const_kwargs(messages, stream))
+
+
+def _anthropic_send(
+    model: Any, arguments: dict[str, Any], timeouts: Any
+) -> AsyncGenerator[Any, None]:
+    model.aclient.max_retries = 0
+    return _send(model.aclient.messages.create, {**arguments, "timeout": timeouts})
+
+
+def _anthropic_chunk(document: Any) -> Chunk:
+    parts = [document.get(name) for name in ("delta", "content_block", "message")]
+    said = next(filter(None, parts), document)
+    text, reasoning = _content(said.get("content"))
+    text += said.get("text") or ""
+    reasoning += said.get("thinking") or ""
+    usage = document.get("usage") or said.get("usage")
+    counts = _counts(usage, "input_tokens", "output_tokens")
+    return Chunk(text, reasoning, said.get("stop_reason") or "", counts)
+
+
+def _ollama_arguments(model: Any, messages: Any, stream: bool) -> dict[str, Any]:
+    return dict(model.ollama_message.apply(messages=messages))
+
+
+async def _ollama_send(
+    model: Any, arguments: dict[str, Any], timeouts: Any
+) -> AsyncGenerator[Any, None]:
+    """Sends without MetaGPT's client for it, which never looks at the status."""
+    httpx = importlib.import_module("httpx2")  # the OpenAI SDK's
+    url = f"{model.config.base_url}{model.ollama_message.api_suffix}"
+    body = json.dumps(arguments)
+    headers = {"Content-Type": "application/json"}
+    async with (
+        httpx.AsyncClient(timeout=timeouts, proxy=model.config.proxy) as client,
+        client.stream("POST", url, content=body, headers=headers) as response,
+    ):
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            raise ServerError(_parsed(text), response.status_code, response.headers)
+        async with contextlib.aclosing(_documents(response)) as documents:
+            async for document in documents:
+                yield document
+
+
+def _ollama_chunk(document: Any) -> Chunk:
+    said = document.get("message") or document
+    text = said.get("content") or said.get("response") or ""
+    finish_reason = (document.get("done_reason") or "stop") if document.get("done") else ""
+    counts = _counts(document, "prompt_eval_count", "eval_count")
+    return Chunk(text, said.get("thinking") or "", finish_reason, counts)
+
+
+def _content(content: Any) -> tuple[str, str]:
+    """The text and the thinking in a message's content, which is a text or a list of blocks."""
+    if not isinstance(content, list):
+        return content or "", ""
+    text = "".join(block.get("text") or "" for block in content)
+    return text, "".join(text for block in content for text in _content(block.get("thinking")))
+
+
+def _counts(usage: Any, prompt: str, completion: str) -> dict[str, int]:
+    names = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return {name: int(usage[key]) for name, key in names.items() if usage and usage.get(key)}
+
+
+# MetaGPT's class → how its models are asked. Azure's and others inherit from OpenAI's.
+ASKED: Mapping[str, _Vendor] = {
+    "OpenAILLM": _Vendor(_openai_arguments, _openai_send, _openai_chunk),
+    "AnthropicLLM": _Vendor(_anthropic_arguments, _anthropic_send, _anthropic_chunk),
+    "OllamaLLM": _Vendor(_ollama_arguments, _ollama_send, _ollama_chunk),
+}
+
+
+def _other_vendor(own_method: Callable[[], Awaitable[str]], stream: bool) -> _Vendor:
+    """One whose SDK the user has installed: MetaGPT's own method, whose tokens come by its hook."""
+
+    async def send(*_: Any) -> AsyncGenerator[Any, None]:
+        text = await own_method()
+        yield Chunk("" if stream else text, finish_reason="stop")
+
+    def arguments(*_: Any) -> dict[str, Any]:
+        return {}
+
+    def chunk(chunk: Chunk) -> Chunk:
+        return chunk
+
+    return _Vendor(arguments, send, chunk, own_method=True)
+
+
+class _ModelCall:
+    """One attempt at a model request: what was said up to now. The text of 50 ms is one event."""
+
+    def __init__(self, speaker: _Speaker, heard: Callable[[], None]) -> None:
+        self.speaker = speaker
+        self.action = speaker.action
+        self.id = uuid.uuid4().hex[:12]
+        self.finish_reason = ""
+        self.usage: dict[str, int] = {}
+        self._heard = heard
+        kinds = (EventType.TOKEN, EventType.REASONING)
+        self._said: dict[EventType, list[str]] = {kind: [] for kind in kinds}
+        # Of a character that a server cuts into two surrogates, it keeps the first for the next piece.
+        self._joined = {kind: codecs.getincrementaldecoder("utf-16-le")("replace") for kind in kinds}
+        self._kind = EventType.TOKEN
+        self._unsent = ""
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, text: str) -> None:
-        self._text += text
-        if text and self._timer is None:
-            self.speaker.team.answering(self)
+    @property
+    def text(self) -> str:
+        return "".join(self._said[EventType.TOKEN])
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._said[EventType.REASONING])
+
+    def take(self, chunk: Chunk) -> None:
+        self.finish_reason = self.finish_reason or chunk.finish_reason.lower()
+        self.usage.update(chunk.usage)
+        self._say(EventType.REASONING, chunk.reasoning)
+        self._say(EventType.TOKEN, chunk.text)
+        self._heard()
+
+    def _say(self, kind: EventType, text: str, last: bool = False) -> None:
+        text = self._joined[kind].decode(text.encode("utf-16-le", "surrogatepass"), last)
+        if not text:
+            return
+        if kind is not self._kind:
+            self.flush()
+            self._kind = kind
+        self._said[kind].append(text)
+        self._unsent += text
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(0.05, self.flush)
 
     def flush(self) -> None:
+        """Emits what is not emitted yet, in events that are short enough not to be cut."""
         if self._timer:
             self._timer.cancel()
-        if text := self._text:
-            self._text, self._timer = "", None
-            payload = {"message": text, "action": self.action, "call_id": self.id}
-            self.speaker.team.run.emit(EventType.TOKEN, payload, self.speaker.role)
+            self._timer = None
+        text = self._unsent
+        self._unsent = ""
+        run = self.speaker.team.run
+        payload = {"message": "", "action": self.action, "call_id": self.id}
+        room = run.max_event_bytes - len(encode(payload).encode())
+        size = max(1, room // 6)  # in JSON a character takes at most six bytes
+        for start in range(0, len(text), size):
+            run.emit(self._kind, {**payload, "message": text[start : start + size]}, self.speaker.role)
+
+    def close(self) -> None:
+        for kind in self._said:
+            self._say(kind, "", last=True)
+        self.flush()
+
+
+class _RequestForm:
+    """The arguments of a model request as its server takes them: refusals and cut answers teach it.
+
+    MetaGPT sends those of 2024; OpenAI's models that think refuse two of them, and other servers
+    the question for the usage. What an answer came by is kept for the process.
+    """
+
+    LIMITS = ("max_tokens", "max_completion_tokens")
+    ADAPTABLE = (*LIMITS, "temperature", "stream_options")
+    TOO_MANY = re.compile("too large|at most|maximum|less than|<=|range|exceed", re.IGNORECASE)
+    LEAST_FOR_THINKING = 32768  # tokens, where those of the model's thinking count
+    LARGER = 4  # times the limit that cut an answer
+    MOST_ENLARGED = 2  # times
+
+    _kept: ClassVar[dict[tuple[str, str], tuple[Mapping[str, str], int | None]]] = {}
+
+    def __init__(self, model: Any) -> None:
+        self._config = model.config
+        self._key = (str(model.config.base_url), str(model.model))
+        # An argument → its other name, or nothing where it is left out.
+        self._changes, self._most_tokens = self._kept.get(self._key, ({}, None))
+        self._sent: Mapping[str, Any] = {}
+        self._limit: int | None = None  # of tokens, in what was sent
+        self._larger_limit = 0
+        self._enlarged = 0  # times
+        self._cut_at = 0  # tokens
+
+    def fit(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        names = {name: self._changes.get(name, name) for name in arguments}
+        fitted = {names[name]: value for name, value in arguments.items() if names[name]}
+        self._limit = None
+        for name in self.LIMITS:
+            if name in fitted:
+                least = 0
+                if name == "max_completion_tokens" and not self._is_users:
+                    least = self.LEAST_FOR_THINKING
+                wanted = max(fitted[name], least, self._larger_limit)
+                self._limit = fitted[name] = min(wanted, self._most_tokens or wanted)
+        self._sent = fitted
+        return fitted
+
+    def keep(self) -> None:
+        self._kept[self._key] = (self._changes, self._most_tokens)
+
+    def adapt(self, error: Exception) -> str:
+        """What is changed, where the server refused an argument that can be; else nothing."""
+        if getattr(error, "status_code", None) not in (400, 422):
+            return ""
+        text = said(error)
+        name = self._refused(getattr(error, "param", None), text)
+        if self._limit and (not name or (name in self.LIMITS and self.TOO_MANY.search(text))):
+            return self._lower(text)
+        other = "max_completion_tokens" if name == "max_tokens" else ""
+        if not name or (name in self.LIMITS and other not in text):
+            return ""
+        self._changes = {**self._changes, name: other}
+        how = f"{other} is sent instead" if other else "it is left out"
+        return f"the model server does not take {name}: {how}"
+
+    def _refused(self, param: Any, text: str) -> str:
+        """The argument that a refusal is about: it says which, or names it in its text."""
+        sent = [name for name in self.ADAPTABLE if name in self._sent]
+        if param:
+            sent = [name for name in sent if name == re.split(r"[.\[]", str(param))[0]]
+            return "".join(sent)
+        return next((name for name in sent if re.search(rf"\b{name}\b", text)), "")
+
+    def _lower(self, text: str) -> str:
+        """Where more tokens were asked for than MetaGPT asks for: as many as the server allows."""
+        least = self._config.max_token
+        if not self._limit or self._limit <= least:
+            return ""
+        numbers = [int(number) for number in re.findall(r"\d{2,9}", text)]
+        most = max((number for number in numbers if least <= number < self._limit), default=least)
+        self._limit = self._most_tokens = most
+        if most <= self._cut_at:
+            raise _GiveUp(self.cut_reason("length"))
+        return f"the model server allows an answer of {most} tokens"
+
+    def enlarge(self) -> str:
+        """What is changed, where a larger limit may help an answer that was cut; else nothing."""
+        if self._limit is None or self._is_users or self._enlarged == self.MOST_ENLARGED:
+            return ""
+        larger = self._limit * self.LARGER
+        larger = min(larger, self._most_tokens or larger)
+        if larger <= self._limit:
+            return ""
+        self._cut_at = self._limit
+        self._larger_limit = larger
+        self._enlarged += 1
+        return f"the model's answer was cut at {self._cut_at} tokens, the next may have {larger}"
+
+    @property
+    def _is_users(self) -> bool:
+        """Whether the user has set the limit of an answer, so that it is the user's to change."""
+        return "max_token" in self._config.model_fields_set
+
+    def cut_reason(self, finish_reason: str) -> str:
+        if self._limit is None:
+            advice = "the server's own limit, or its context is full (for Ollama: num_ctx)"
+            return f"the model's answer was cut ({finish_reason}) at {advice}"
+        advice = "a larger one allows longer answers"
+        if self._limit == self._most_tokens:
+            advice = "the server allows no more; another llm.model may"
+        return f"the model's answer was cut at llm.max_token={self._limit}: {advice}"
+
+
+class _ModelRequest:
+    """One question to a model, asked until its answer is whole or nothing helps.
+
+    An answer that is broken off, empty, or silent for `model_timeout` is asked for three times; a
+    server that cannot be reached five times, in 15 s; one that answers with an error that may
+    pass seven times, in a minute or when it says.
+    """
+
+    PARTIAL, UNREACHED, REFUSED = 3, 5, 7  # attempts
+    MOST_REQUESTS = 20  # with those whose form is changed, which are no attempts
+    SILENCE = 1.0  # seconds after which a model is waited for again in the middle of an answer
+    LINGER = 2.0  # seconds for what follows a finish reason, as the usage
+    CONNECT = 10.0  # seconds
+
+    # What finish reasons mean, of OpenAI, Anthropic, Ollama, Mistral, DeepSeek, vLLM and Zhipu.
+    CUT = frozenset({"length", "max_tokens", "model_length", "model_context_window_exceeded"})
+    WITHHELD = frozenset({"content_filter", "refusal", "safety", "sensitive"})
+    BROKEN = frozenset({"", "error", "abort", "network_error", "insufficient_system_resource"})
+
+    def __init__(
+        self, speaker: _Speaker, vendor: _Vendor, model: Any, messages: Any, stream: bool
+    ) -> None:
+        self.speaker = speaker
+        self.action = speaker.action
+        self.team = speaker.team
+        self.heard_at = time.time()
+        self.silent = True
+        self._vendor = vendor
+        self._model = model
+        self._messages = messages
+        self._stream = stream
+        self._form = _RequestForm(model)
+        self._call = _ModelCall(speaker, self._heard)
+        self._watch: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def answer(self) -> str:
+        """The whole answer. Raises _GiveUp with the reason where there is none."""
+        failed = 0
+        self.team.requests.append(self)
+        self.team.show_waiting()
+        try:
+            for _ in range(self.MOST_REQUESTS):
+                try:
+                    return await self._attempt()
+                except Exception as error:  # every vendor's SDK has errors of its own
+                    wait = 0.0
+                    if not self._change_form(error):
+                        failed += 1
+                        wait = self._wait(error, failed)
+                await asyncio.sleep(wait)
+            raise _GiveUp(f"the model server refused {self.MOST_REQUESTS} requests in a row")
+        finally:
+            if self._timer:
+                self._timer.cancel()
+            self.team.requests.remove(self)
+            self.team.show_waiting()
+
+    async def _attempt(self) -> str:
+        self.team.run.check_cancelled()
+        self.team.check_budget()
+        patience = self.team.run.model_timeout
+        read = max(self._model.get_timeout(0), patience + self.LINGER)
+        timeout = self.team.engine.Timeout(read, connect=self.CONNECT)
+        arguments = self._form.fit(self._vendor.arguments(self._model, self._messages, self._stream))
+        call = self._call = self.speaker.call = _ModelCall(self.speaker, self._heard)
+        try:
+            async with (
+                asyncio.timeout(patience) as watch,
+                contextlib.aclosing(self._vendor.send(self._model, arguments, timeout)) as documents,
+            ):
+                self._watch = watch
+                async for document in documents:
+                    call.take(self._chunk(document))
+        except (TimeoutError, self.team.engine.TransportError):
+            silent = f"the model said nothing for {patience:g} s, the setting model_timeout"
+            if watch.expired() and not call.finish_reason:
+                raise PartialAnswer(silent, True) from None
+            if not call.finish_reason:  # else only the usage or the body's end is missing
+                raise
+        finally:
+            call.close()
+            self.speaker.call = None
+            self._book()
+            self.team.report_cost()
+        self._check(call)
+        self._form.keep()
+        text = call.text.removesuffix("\n") if self._vendor.own_method else call.text
+        self.speaker.answer = text
+        return text
+
+    def _chunk(self, document: Any) -> Chunk:
+        try:
+            return Chunk(finish_reason="stop") if document is None else self._vendor.chunk(document)
+        except (AttributeError, TypeError, ValueError):  # it has the form of no vendor
+            raise NotACompletion(encode(fit(document))) from None
+
+    def _heard(self) -> None:
+        """Called for each chunk: the model is not silent, and has its time again."""
+        loop = asyncio.get_running_loop()
+        self.heard_at = time.time()
+        patience = self.LINGER if self._call.finish_reason else self.team.run.model_timeout
+        if self._watch:
+            self._watch.reschedule(loop.time() + patience)
+        if self.silent:
+            self.silent = False
+            self.team.show_waiting()
+            self._timer = loop.call_later(self.SILENCE, self._listen)
+
+    def _listen(self) -> None:
+        """Shows that the model is waited for again, once it was silent for SILENCE."""
+        left = self.heard_at + self.SILENCE - time.time()
+        self.silent = left <= 0
+        if self.silent:
+            self.team.show_waiting()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(left, self._listen)
+
+    def _check(self, call: _ModelCall) -> None:
+        """Raises PartialAnswer unless the answer is whole."""
+        reason = call.finish_reason
+        if reason in self.CUT:
+            raise _CutAnswer(self._form.cut_reason(reason), False)
+        if reason in self.WITHHELD:
+            text = quoted(call.text[-60:])
+            advice = f"another prompt or llm.model may pass. The answer ends in {text}"
+            raise PartialAnswer(f"the model's answer was withheld ({reason}): {advice}", False)
+        if reason in self.BROKEN:
+            how = f"({reason})" if reason else "without a finish reason"
+            raise PartialAnswer(f"the model's answer broke off {how}", True)
+        if not call.text.strip():
+            raise PartialAnswer(f"the model's answer was empty ({reason})", True)
+
+    def _change_form(self, error: Exception) -> bool:
+        """Whether the next request is another one, so that it can be sent at once."""
+        was_cut = isinstance(error, _CutAnswer)
+        change = self._form.enlarge() if was_cut else self._form.adapt(error)
+        if change:
+            self.team.log("WARNING", change, call_id=self._call.id)
+        return bool(change)
+
+    def _wait(self, error: Exception, failed: int) -> float:
+        """Seconds until the next attempt. Raises where none can help."""
+        attempts = self.UNREACHED
+        if isinstance(error, PartialAnswer):
+            attempts = self.PARTIAL
+            fault: ModelFault | None = ModelFault(str(error), error.retry, None)
+        else:
+            fault = model_fault(error, self._model.config, self.team.run.secrets)
+            if isinstance(error, ServerError) or isinstance(getattr(error, "status_code", None), int):
+                attempts = self.REFUSED
+        if fault is None:
+            raise error
+        if not fault.retry or failed == attempts:
+            after = f" (attempt {failed} of {attempts})" if failed > 1 else ""
+            raise _GiveUp(fault.reason + after) from error
+        wait = 2.0 ** (failed - 1)
+        if fault.wait is not None:
+            wait = fault.wait if failed == 1 else max(wait, fault.wait)
+        attempt = f"attempt {failed} of {attempts}, the next in {wait:.3g} s"
+        self.team.log("WARNING", f"{fault.reason} ({attempt})", call_id=self._call.id)
+        return wait
+
+    def _book(self) -> None:
+        """Books what an attempt has used, a failed one too; estimated where the server is silent."""
+        call = self._call
+        text = call.reasoning + call.text
+        usage = dict(call.usage)
+        if self._vendor.own_method:
+            return
+        if text:
+            estimate = estimate_tokens(text)
+            usage.setdefault("prompt_tokens", estimate_tokens(str(self._messages)))
+            usage.setdefault("completion_tokens", estimate)
+            if not call.finish_reason:  # what a server counts before the end is its beginning
+                usage["completion_tokens"] = max(usage["completion_tokens"], estimate)
+        self.team.engine.BaseLLM._update_costs(self._model, usage)
+
+
+def estimate_tokens(text: str) -> int:
+    return -(-len(text) // 4)
 
 
 # The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
@@ -3308,7 +3935,8 @@ class _Team:
     def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
         self.engine, self.run = engine, run
         self.models: list[Any] = []
-        self.calls: dict[str, tuple[str, str | None]] = {}  # those that no token has come from
+        self.requests: list[_ModelRequest] = []  # that are not answered
+        self._shown_waiting: tuple[Any, ...] = ()
         self.files_coded = 0
         config = engine.config.model_copy(deep=True)
         # Left without a project name, MetaGPT takes the model's, and deletes the folder that has it.
@@ -3419,11 +4047,12 @@ class _Team:
         self.run.emit(EventType.MESSAGE, payload, speaker.role if speaker else None)
         return original(message, peekable)
 
-    def log(self, level: str, message: str) -> None:
+    def log(self, level: str, message: str, **details: Any) -> None:
         speaker = _speaker.get()
         if speaker and speaker.call:
             speaker.call.flush()  # what was said before this line comes before it
-        payload = {"message": message.replace(f"{self.run.workspace}{os.sep}", ""), "level": level}
+        message = message.replace(f"{self.run.workspace}{os.sep}", "")
+        payload = {"message": message, "level": level, **details}
         self.run.emit(EventType.LOG, payload, speaker.role if speaker else None)
 
     def check_inside(self, path: Path) -> None:
@@ -3450,12 +4079,6 @@ class _Team:
 
     def _observed_model(self, original: Callable[..., Any], *args: Any) -> Any:
         model = original(*args)
-        if hasattr(model.aclient, "max_retries"):
-            model.aclient.max_retries = 0  # it tries again in silence; `_request` says so
-        if "://api.openai.com" in str(getattr(model.aclient, "base_url", "")):  # others may refuse the parameter
-            self._wrap(model.aclient.chat.completions, "create", self._with_usage)
-        for name in ("_achat_completion_stream", "_achat_completion"):
-            self._wrap(model, name, partial(self._request, model))
         model.cost_manager = self.costs  # what its vendor's module has made is not the task's
         model.config.calc_usage = True  # else its tokens count for nothing, and no budget holds
         price = model_price(self.engine, model.config, self.run.price)
@@ -3492,72 +4115,22 @@ class _Team:
             return
         raise _GiveUp(f"the budget is spent: {spent}; a larger options.{option} allows more")
 
-    def _with_usage(self, original: Callable[..., Awaitable[Any]], **kwargs: Any) -> Awaitable[Any]:
-        return original(**kwargs, **({"stream_options": {"include_usage": True}} if kwargs.get("stream") else {}))
-
     def _clean_environ(self, original: Callable[[], dict[str, str]]) -> dict[str, str]:
         """The environment of a program that the team runs: without this process's secrets."""
         _hide_memory()
         environ = program_environ(original())
         return {name: value for name, value in environ.items() if self.run.redact(value) == value}
 
-    async def _request(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-        """One model request, tried again while that can help; every failed attempt is a LOG at once."""
-        tenacity, config = self.engine.tenacity, model.config
-
-        def fault(error: BaseException) -> ModelFault | None:
-            return model_fault(error, config, self.run.secrets)
-
-        def wait(state: Any) -> float:
-            found = fault(state.outcome.exception())
-            return (found and found.wait) or 2.0 ** (state.attempt_number - 1)
-
-        def say(state: Any) -> None:
-            found = fault(state.outcome.exception())
-            attempt = f"attempt {state.attempt_number} of 5, the next in {state.next_action.sleep:g} s"
-            self.log("WARNING", f"{found and found.reason} ({attempt})")
-
-        def helps(error: BaseException) -> bool:
-            found = fault(error)
-            return found is not None and found.retry
-
-        attempts = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(5),
-            wait=wait,
-            retry=tenacity.retry_if_exception(helps),
-            before_sleep=say,
-            reraise=True,
-        )
-        try:
-            return await attempts(self._attempt, model, original, *args, **kwargs)
-        except Exception as error:
-            found = fault(error)
-            if found:
-                raise _GiveUp(found.reason) from error
-            raise
-
-    async def _attempt(self, model: Any, original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-        self.run.check_cancelled()
-        self.check_budget()
-        speaker = _speaker.get() or _Speaker(self, "Team")
-        call = speaker.call = _ModelCall(speaker)
-        self.calls[call.id] = (speaker.role, call.action)
-        self.run.waits_for_model(*next(iter(self.calls.values())))
-        try:
-            answer = await original(*args, **kwargs)
-            if not isinstance(answer, str):  # it was not streamed
-                call.add(model.get_choice_text(answer) or "")
-            speaker.answer = answer if isinstance(answer, str) else model.get_choice_text(answer)
-            return answer
-        finally:
-            self.answering(call)
-            call.flush()
-            speaker.call = None
-            self.report_cost()
-
-    def answering(self, call: _ModelCall) -> None:
-        if self.calls.pop(call.id, None):
-            self.run.waits_for_model(*next(iter(self.calls.values()), ()))
+    def show_waiting(self) -> None:
+        """Shows who waits for a model: of several the one that has heard nothing for longest."""
+        silent = [request for request in self.requests if request.silent]
+        waiting: tuple[Any, ...] = ()
+        if silent:
+            longest = min(silent, key=lambda request: request.heard_at)
+            waiting = (longest.speaker.role, longest.action, longest.heard_at)
+        if waiting != self._shown_waiting:
+            self._shown_waiting = waiting
+            self.run.waits_for_model(*waiting)
 
     def report_cost(self) -> Mapping[str, Any]:
         """Shows what this run has cost; returns what the task has."""

@@ -73,7 +73,8 @@ from streamer import EventType, Run, Settings, TaskStatus, create_app
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 30.0  # seconds; what takes longer hangs
 KEY = "sk-secret-0123456789abcdef"
-WHOLE_RUN = set(EventType) - {"ERROR", "TASK_ERROR", "TASK_CANCELLED"}  # what a run that succeeds produces
+# What a run that succeeds produces, of a model that does not show its thinking.
+WHOLE_RUN = set(EventType) - {"ERROR", "REASONING", "TASK_ERROR", "TASK_CANCELLED"}
 TERMINAL = ("TASK_COMPLETE", "TASK_ERROR", "TASK_CANCELLED")
 
 
