@@ -3514,7 +3514,7 @@ async def _ollama_send(
     body = json.dumps(arguments)
     headers = {"Content-Type": "application/json"}
     async with (
-        httpx.AsyncClient(timeout=timeouts, proxy=model.config.proxy) as client,
+        httpx.AsyncClient(timeout=timeouts, trust_env=False) as client,  # as MetaGPT's
         client.stream("POST", url, content=body, headers=headers) as response,
     ):
         if response.status_code != 200:
