@@ -381,7 +381,8 @@ class ModelServer:
     def __init__(self) -> None:
         self.requests: dict[str, list[str]] = defaultdict(list)  # mark → prompts
         self.bodies: dict[str, list[bytes]] = defaultdict(list)  # mark → what was sent
-        self.ports: dict[int, set[str]] = defaultdict(set)  # a client's TCP port → marks that came through it
+        # A client's address, one object for each connection → marks that came through it.
+        self.connections: dict[int, tuple[Any, set[str]]] = {}
         self.usage: dict[str, Counter[str]] = defaultdict(Counter)
         self.asked = threading.Event()  # a [slow] prompt has come
         self.slow = threading.Event()  # until it is set, they are not answered
@@ -392,8 +393,8 @@ class ModelServer:
         mark = found[1] if (found := re.search(r"\[mark=(\w+)\]", prompt)) else ""
         self.requests[mark].append(prompt)
         self.bodies[mark].append(await request.body())
-        assert request.client is not None
-        self.ports[request.client.port].add(mark)
+        address = request.scope["client"]
+        self.connections.setdefault(id(address), (address, set()))[1].add(mark)
         turn = len(self.requests[mark])
         if "[slow]" in prompt:
             self.asked.set()
@@ -2696,7 +2697,8 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
         used, cost = model.usage[mark], record.last_state["cost"]
         assert (cost["prompt_tokens"], cost["completion_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
-    assert [marks for marks in model.ports.values() if len(marks) > 1] == []  # one client, one task
+    # One client, one task.
+    assert [marks for _, marks in model.connections.values() if len(marks) > 1] == []
 
 
 def test_metagpt_cancel_during_a_model_call(metagpt: tuple[Client, ModelServer, Process]) -> None:
