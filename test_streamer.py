@@ -3516,7 +3516,7 @@ def test_busy_runner_drops_no_client(tmp_path: Path) -> None:
 
 
 def test_hostile_frames_get_their_close_code(tmp_path: Path) -> None:
-    """Too long 1009, not UTF-8 1007, unmasked 1002; a fragmented ping is a ping; nobody else notices."""
+    """Too long 1009, not UTF-8 1007, unmasked 1002; a ping in pieces is one; no other notices."""
     gate = Gate()
     with live(gate, tmp_path) as client:
         task_id = client.create()
@@ -3528,7 +3528,10 @@ def test_hostile_frames_get_their_close_code(tmp_path: Path) -> None:
                 (masked(1, b"\xff\xfe"), b"\x03\xef"),
                 (masked(2, b"\x00" * 1_000_000)[:1000], b"\x03\xf1"),
                 (b"\x81\x02hi", b"\x03\xea"),
-                (masked(1, ping[:5], False) + masked(0, ping[5:9], False) + masked(0, ping[9:]), b'{"type":"pong"'),
+                (
+                    masked(1, ping[:5], False) + masked(0, ping[5:9], False) + masked(0, ping[9:]),
+                    b'{"type":"pong"',
+                ),
             ]:
                 with raw_websocket(client, task_id, 65536) as raw:
                     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -3568,12 +3571,16 @@ def normal(messages: list[str]) -> list[str]:
 
 def story(run: Run) -> dict[str, Any]:
     for number in range(200):
-        run.emit("MESSAGE" if number % 50 == 0 else "LOG", {"message": f"日本 {number} " + "x" * number}, "Engineer")
+        run.emit(
+            "MESSAGE" if number % 50 == 0 else "LOG",
+            {"message": f"日本 {number} " + "x" * number},
+            "Engineer",
+        )
     return {"answer": 42}
 
 
 def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
-    """With the extension, and by send_text under plain uvicorn and in Starlette's test client: equal bytes."""
+    """With the extension, under plain uvicorn, in Starlette's test client: equal bytes."""
     settings = Settings(workspace=tmp_path, test_mode=True)
     store = streamer.MemoryStore(settings)
 
@@ -3587,12 +3594,16 @@ def test_ready_frames_are_the_same_bytes_as_text(tmp_path: Path) -> None:
             live_events = [text for text in ours.watch(task_id).texts if '"type":"event"' in text]
             replay = ours.watch(task_id).texts
     assert [text for text in replay if '"type":"event"' in text] == live_events
-    plain = uvicorn.Config(app(), log_config=None, ws="websockets-sansio", timeout_graceful_shutdown=1)
+    plain = uvicorn.Config(
+        app(), log_config=None, ws="websockets-sansio", timeout_graceful_shutdown=1
+    )
     with serving(uvicorn.Server(plain), loopback()) as url:
         client = Client(url)
         with client.http:
             assert client.watch(task_id).texts == replay
-            again = [text for text in client.watch(client.create()).texts if '"type":"event"' in text]
+            again = [
+                text for text in client.watch(client.create()).texts if '"type":"event"' in text
+            ]
             assert normal(again) == normal(live_events)
     with (
         TestClient(app(), "http://localhost") as inside,
@@ -3613,7 +3624,9 @@ app = streamer.create_app(streamer.Settings(test_mode=True), runner=story)
     (tmp_path / "served.py").write_text(code)
     with loopback() as free:
         bind = f"127.0.0.1:{free.getsockname()[1]}"
-    with process("-m", "hypercorn", "--workers", "0", "--bind", bind, "served:app", cwd=tmp_path) as server:
+    with process(
+        "-m", "hypercorn", "--workers", "0", "--bind", bind, "served:app", cwd=tmp_path
+    ) as server:
         assert server.says("Running on")
         client = Client(f"http://{bind}")
         with client.http:
@@ -3630,61 +3643,66 @@ app = streamer.create_app(streamer.Settings(test_mode=True), runner=story)
 # -----------------------------------------------------------------------------
 
 JSON = {"Content-Type": "application/json"}
+BAD_BODIES: list[tuple[bytes, int, str]] = [
+    (b"", 400, "the body must be JSON"),
+    (b"{", 400, "the body must be JSON"),
+    (b"\xff\xfe", 400, "the body must be JSON"),
+    (b"[" * 60_000, 400, "the body must be JSON"),
+    (b'{"input_prompt": NaN}', 400, "the body must be JSON"),
+    (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body must be JSON"),
+    (b"[]", 400, "the body must be an object, not an array"),
+    (b"null", 400, "the body must be an object, not null"),
+    (b"{}", 400, "input_prompt is missing"),
+    (b'{"input_prompt": 7}', 400, "input_prompt must be a string, not the number 7"),
+    (b'{"input_prompt": " \\n"}', 400, "input_prompt must be 1 to 100 characters"),
+    (b'{"input_prompt": "' + b"x" * 101 + b'"}', 400, "it has 101"),
+    (b'{"input_prompt": "' + b"x" * 100_000 + b'"}', 413, "the body must be at most"),
+    (b'{"input_prompt": "\\ud800"}', 400, "input_prompt must be Unicode text"),
+    (b'{"input_prompt": "x", "title": null}', 400, "title must be a string, not null"),
+    (b'{"input_prompt": "x", "Title": "y"}', 400, "'Title' is unknown"),
+]
+BAD_OPTIONS = [
+    ("[]", "options must be an object, not an array"),
+    ('{"n": 1}', "options: 'n' is unknown"),
+    ('{"\\ud800": 1}', "is unknown"),
+    ('{"n_round": 51}', "options.n_round must be a whole number from 1 to 50"),
+    ('{"n_round": true}', "not the boolean true"),
+    ('{"investment": 0}', "options.investment must be"),
+    ('{"token_budget": 1.5}', "must be a whole number of tokens from 1, not the number 1.5"),
+    ('{"implement": 1}', "options.implement must be"),
+    ('{"project_name": "../x"}', "options.project_name must be"),
+    ('{"timeout": 1e99}', "options.timeout must be"),
+    ('{"timeout": 9999}', "options.timeout must be at most 3600 s"),
+]
+GOOD_BODY = b'{"input_prompt": "x"}'
 BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
-    ("/api/tasks", {}, b'{"input_prompt": "x"}', 415, "Content-Type must be application/json, not ''"),
-    ("/api/tasks", {"Content-Type": "text/plain"}, b"{}", 415, "not 'text/plain'"),
-    ("/api/tasks", JSON, b"", 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b"{", 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b"\xff\xfe", 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b"[" * 60_000, 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b'{"input_prompt": NaN}', 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b'{"n": ' + b"9" * 5000 + b"}", 400, "the body must be JSON"),
-    ("/api/tasks", JSON, b"[]", 400, "the body must be an object, not an array"),
-    ("/api/tasks", JSON, b"null", 400, "the body must be an object, not null"),
-    ("/api/tasks", JSON, b"{}", 400, "input_prompt is missing"),
-    ("/api/tasks", JSON, b'{"input_prompt": 7}', 400, "input_prompt must be a string, not the number 7"),
-    ("/api/tasks", JSON, b'{"input_prompt": " \\n"}', 400, "input_prompt must be 1 to 100 characters"),
-    ("/api/tasks", JSON, b'{"input_prompt": "' + b"x" * 101 + b'"}', 400, "it has 101"),
-    ("/api/tasks", JSON, b'{"input_prompt": "' + b"x" * 100_000 + b'"}', 413, "the body must be at most"),
-    ("/api/tasks", JSON, b'{"input_prompt": "\\ud800"}', 400, "input_prompt must be Unicode text"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "title": null}', 400, "title must be a string, not null"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "Title": "y"}', 400, "'Title' is unknown"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": []}', 400, "options must be an object, not an array"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n": 1}}', 400, "options: 'n' is unknown"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"\\ud800": 1}}', 400, "is unknown"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": 51}}', 400, "options.n_round must be a whole"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"n_round": true}}', 400, "not the boolean true"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"investment": 0}}', 400, "options.investment must be"),
-    (
-        "/api/tasks",
-        JSON,
-        b'{"input_prompt": "x", "options": {"token_budget": 1.5}}',
-        400,
-        "options.token_budget must be a whole number of tokens from 1, not the number 1.5",
+    *(("", JSON, body, status, message) for body, status, message in BAD_BODIES),
+    *(
+        ("", JSON, f'{{"input_prompt": "x", "options": {options}}}'.encode(), 400, message)
+        for options, message in BAD_OPTIONS
     ),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"implement": 1}}', 400, "options.implement must be"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"project_name": "../x"}}', 400, "options.project_name"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"timeout": 1e99}}', 400, "options.timeout must be"),
-    ("/api/tasks", JSON, b'{"input_prompt": "x", "options": {"timeout": 9999}}', 400, "must be at most 3600 s"),
-    ("/api/tasks", {**JSON, "Idempotency-Key": "k" * 256}, b'{"input_prompt": "x"}', 400, "Idempotency-Key must be"),
-    ("/api/tasks/nope/run", JSON, b"", 404, "task 'nope' not found"),
-    ("/api/tasks/nope/cancel", JSON, b"", 404, "task 'nope' not found"),
-    ("/api/tasks/" + "x" * 500 + "/run", JSON, b"", 404, "not found"),
-    ("/api/tasks/%00%ff%0a/run", JSON, b"", 404, "not found"),
-    ("/api/task", JSON, b"", 404, "POST '/api/task': Not Found"),
-    ("/api/tasks/nope", JSON, b"", 405, "Method Not Allowed"),
+    ("", {}, GOOD_BODY, 415, "Content-Type must be application/json, not ''"),
+    ("", {"Content-Type": "text/plain"}, GOOD_BODY, 415, "not 'text/plain'"),
+    ("", {**JSON, "Idempotency-Key": "k" * 256}, GOOD_BODY, 400, "Idempotency-Key must be"),
+    ("/nope/run", JSON, b"", 404, "task 'nope' not found"),
+    ("/nope/cancel", JSON, b"", 404, "task 'nope' not found"),
+    ("/" + "x" * 500 + "/run", JSON, b"", 404, "not found"),
+    ("/%00%ff%0a/run", JSON, b"", 404, "not found"),
+    ("x", JSON, b"", 404, "POST '/api/tasksx': Not Found"),
+    ("/nope", JSON, b"", 405, "Method Not Allowed"),
 ]
 
 
 def test_bad_requests_name_what_is_wrong_and_create_nothing(tmp_path: Path) -> None:
-    """Every malformed request gets its 4xx with a code and a message; the list of tasks stays empty."""
+    """Every malformed request gets its 4xx with a code and a message; no task comes of it."""
     with live(burst(1), tmp_path, max_prompt=100) as client:
         for path, headers, body, status, message in BAD_REQUESTS:
-            response = client.http.post(path, headers=headers, content=body)
+            response = client.http.post(f"/api/tasks{path}", headers=headers, content=body)
             error = response.json()["error"]
-            assert (response.status_code, set(error)) == (status, {"code", "message"}), (body[:60], response.text)
-            assert message in error["message"], (body[:60], error)
-        assert client.get("/api/tasks") == {"items": [], "total": 0, "page": 1, "page_size": 10, "total_pages": 0}
+            assert response.status_code == status, (body[:60], error)
+            assert set(error) == {"code", "message"}
+            assert message in error["message"], body[:60]
+        assert client.get("/api/tasks")["total"] == 0
 
 
 @pytest.mark.parametrize(
@@ -3723,7 +3741,10 @@ def test_create_is_idempotent_by_key(tmp_path: Path) -> None:
     """The same key gives the same task, another request under it is 422."""
     with live(burst(1), tmp_path) as client:
         bodies = [{"input_prompt": "a"}, {"input_prompt": "a"}, {"input_prompt": "b"}]
-        answers = [client.http.post("/api/tasks", json=body, headers={"Idempotency-Key": "k1"}) for body in bodies]
+        answers = [
+            client.http.post("/api/tasks", json=body, headers={"Idempotency-Key": "k1"})
+            for body in bodies
+        ]
         assert [answer.status_code for answer in answers] == [201, 200, 422]
         assert answers[0].json() == answers[1].json()
         assert answers[0].headers["location"] == f"/api/tasks/{answers[0].json()['id']}"
@@ -3736,9 +3757,9 @@ def test_list_pages_newest_first(tmp_path: Path) -> None:
         ids = [client.create(title=f"task {number}") for number in range(25)]
         pages = [client.get(f"/api/tasks?page={page}") for page in (1, 2, 3, 4)]
         assert [item["id"] for page in pages for item in page["items"]] == ids[::-1]
-        assert [(page["total"], page["page"], page["page_size"], page["total_pages"]) for page in pages] == [
-            (25, page, 10, 3) for page in (1, 2, 3, 4)
-        ]
+        assert [
+            (page["total"], page["page"], page["page_size"], page["total_pages"]) for page in pages
+        ] == [(25, page, 10, 3) for page in (1, 2, 3, 4)]
         assert client.get("/api/tasks?status=RUNNING")["total"] == 0
 
 
@@ -3758,7 +3779,7 @@ def test_events_are_paged(tmp_path: Path) -> None:
 
 
 def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
-    """connected, state, then what was asked for; ping, cancel; anything else is an error and the stream goes on."""
+    """connected, state, events; ping; anything else is an error, and the stream goes on."""
     gate = Gate()
     with live(gate, tmp_path) as client, client.socket(task_id := client.create()) as websocket:
         connected = json.loads(websocket.recv(timeout=TIMEOUT))
@@ -3775,9 +3796,21 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
             },
         }
         state = json.loads(websocket.recv(timeout=TIMEOUT))
-        assert (state["type"], state["data"]["status"], state["data"]["last_event_id"]) == ("state", "PENDING", 0)
+        assert (state["type"], state["data"]["status"], state["data"]["last_event_id"]) == (
+            "state",
+            "PENDING",
+            0,
+        )
         receive_until(websocket, is_event("MESSAGE"))
-        malformed: list[str | bytes] = ["", "x", "[]", "{}", '{"type": "dance"}', "[" * 60000, b"\x00\x01"]
+        malformed: list[str | bytes] = [
+            "",
+            "x",
+            "[]",
+            "{}",
+            '{"type": "dance"}',
+            "[" * 60000,
+            b"\x00\x01",
+        ]
         for bad in malformed:
             websocket.send(bad)
             error = receive_until(websocket, lambda message: message["type"] == "error")
@@ -3788,7 +3821,11 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
         gate.go.set()
         record = watched(websocket)
         assert record.close_code == 1000
-        assert record.events[-1] == {**record.events[-1], "event_type": "TASK_COMPLETE", "event_id": 5}
+        assert record.events[-1] == {
+            **record.events[-1],
+            "event_type": "TASK_COMPLETE",
+            "event_id": 5,
+        }
         assert record.messages[-1]["data"]["status"] == "SUCCEEDED"
 
 
@@ -3803,7 +3840,9 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
         ("ID", "start=perhaps", 1008, "start must be true or false"),
     ],
 )
-def test_socket_refusals_are_readable(tmp_path: Path, task: str, query: str, code: int, message: str) -> None:
+def test_socket_refusals_are_readable(
+    tmp_path: Path, task: str, query: str, code: int, message: str
+) -> None:
     """A refusal is an `error` message and a close code, never a failed handshake."""
     with live(burst(1), tmp_path) as client:
         record = client.watch(task.replace("ID", client.create()), query)
@@ -3813,11 +3852,14 @@ def test_socket_refusals_are_readable(tmp_path: Path, task: str, query: str, cod
 
 
 def test_socket_can_only_watch_filter_and_resume(tmp_path: Path) -> None:
-    """start=false starts nothing, types= leaves out, after= resumes, a cursor from elsewhere is not recovered."""
+    """start=false starts nothing, types= leaves out, after= resumes or says that it cannot."""
     with live(burst(5), tmp_path, heartbeat=0.05) as client:
         task_id = client.create()
         with client.socket(task_id, "start=false") as websocket:
-            states = [receive_until(websocket, lambda message: message["type"] == "state") for _ in range(3)]
+            states = [
+                receive_until(websocket, lambda message: message["type"] == "state")
+                for _ in range(3)
+            ]
             assert {state["data"]["status"] for state in states} == {"PENDING"}
         assert client.watch(task_id, "types=RESULT,TASK_COMPLETE").ids == [7, 8]
         resumed = client.watch(task_id, "after=6")
@@ -3829,7 +3871,7 @@ def test_socket_can_only_watch_filter_and_resume(tmp_path: Path) -> None:
 
 
 def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
-    """At least every `heartbeat` seconds a state comes, with how long an agent has waited for its model."""
+    """Every `heartbeat` seconds a state comes, with how long an agent has waited for its model."""
     go = threading.Event()
 
     def runner(run: Run) -> None:
@@ -3839,11 +3881,17 @@ def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
         while not go.is_set():
             run.wait(0.01)
 
-    with live(runner, tmp_path, heartbeat=0.1) as client, client.socket(client.create()) as websocket:
-        waits = [receive_until(websocket, lambda message: "waiting_on" in message["data"])["data"] for _ in range(4)]
-        assert {(wait["waiting_on"]["agent_role"], wait["waiting_on"]["action"]) for wait in waits} == {
-            ("Architect", "WriteDesign")
-        }
+    with (
+        live(runner, tmp_path, heartbeat=0.1) as client,
+        client.socket(client.create()) as websocket,
+    ):
+        waits = [
+            receive_until(websocket, lambda message: "waiting_on" in message["data"])["data"]
+            for _ in range(4)
+        ]
+        assert {
+            (wait["waiting_on"]["agent_role"], wait["waiting_on"]["action"]) for wait in waits
+        } == {("Architect", "WriteDesign")}
         assert waits[-1]["waiting_on"]["seconds"] > waits[0]["waiting_on"]["seconds"]
         assert {wait["progress"] for wait in waits} == {0.7}
         go.set()
@@ -3851,7 +3899,7 @@ def test_state_is_sent_in_silence_and_says_who_waits(tmp_path: Path) -> None:
 
 
 def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> None:
-    """Silence is what the client hears: events that its types leave out do not put off the heartbeat."""
+    """Silence is what the client hears: events left out for it do not put off the heartbeat."""
     go = threading.Event()
 
     def runner(run: Run) -> None:
@@ -3859,7 +3907,10 @@ def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> Non
             run.emit("TOKEN", {"message": "x"})
             run.wait(0.01)
 
-    with live(runner, tmp_path, heartbeat=0.2) as client, client.socket(client.create(), "types=RESULT") as websocket:
+    with (
+        live(runner, tmp_path, heartbeat=0.2) as client,
+        client.socket(client.create(), "types=RESULT") as websocket,
+    ):
         for _ in range(8):
             receive_until(websocket, lambda message: message["type"] == "state")
         go.set()
@@ -3867,7 +3918,7 @@ def test_filtered_client_hears_a_state_though_tokens_pour(tmp_path: Path) -> Non
 
 
 def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
-    """A client that never reads is let go with 1013 after send_timeout; run and readers are done long before."""
+    """A client that never reads is closed after send_timeout; run and readers are done before."""
     with live(burst(20_000), tmp_path, send_timeout=1.0, max_events=20_010) as client:
         task_id = client.create()
         with raw_websocket(client, task_id):
@@ -3875,18 +3926,23 @@ def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
             assert record.ids == list(range(1, 20_004))
             with client.socket(client.create(), "start=false") as other:
                 receive_until(other, lambda message: message["type"] == "state")
-                wait_until(lambda: "streamer_slow_clients_total 1" in client.http.get("/metrics").text)
+                wait_until(
+                    lambda: "streamer_slow_clients_total 1" in client.http.get("/metrics").text
+                )
 
 
 def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
-    """The same messages; ids on events; resumes by Last-Event-ID; 204 when there is nothing more to come."""
+    """The same messages; ids on events; resumes by Last-Event-ID; 204 when no more will come."""
     with live(burst(5), tmp_path) as client:
         task_id = client.create()
         over_socket = client.watch(task_id).messages
         path, accept = f"/api/tasks/{task_id}/events", {"Accept": "text/event-stream"}
         response = client.http.get(path, headers=accept)
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in response.text.split("\n\n")[:-1]]
+        blocks = [
+            dict(line.split(": ", 1) for line in block.split("\n"))
+            for block in response.text.split("\n\n")[:-1]
+        ]
         messages = [json.loads(block["data"]) for block in blocks]
         assert [message for message in messages if message["type"] == "event"] == [
             message for message in over_socket if message["type"] == "event"
@@ -3900,8 +3956,10 @@ def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
         assert client.http.get("/api/tasks/nope/events", headers=accept).status_code == 404
 
 
-def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A dropped connection frees its place at once, one that never reads after send_timeout; the run goes on."""
+def test_sse_clients_that_leave_or_stall_are_let_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dropped connection frees its place at once, one that stalls after send_timeout."""
     gate = Gate()
 
     def runner(run: Run) -> None:
@@ -3923,7 +3981,9 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
             assert client.watch(task_id).last_state["status"] == "SUCCEEDED"
             wait_until(lambda: "streamer_slow_clients_total 1" in client.http.get("/metrics").text)
             read_to_end(stalled)  # its connection is gone, not waiting for it
-        headed = client.http.head(f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"})
+        headed = client.http.head(
+            f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"}
+        )
         assert headed.headers["content-type"].startswith("text/event-stream")
         head = "POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw_request(client, f"{head}Content-Length: 100\r\n\r\n{{".encode()).close()
@@ -3932,7 +3992,7 @@ def test_sse_clients_that_leave_or_stall_are_let_go(tmp_path: Path, caplog: pyte
 
 
 def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
-    """Listing and reading see the task's own visible files, and nothing through .., links or absolute paths."""
+    """What is seen is the task's own visible files, nothing by .., links or absolute paths."""
     (tmp_path / "secret.txt").write_text("secret")
 
     def runner(run: Run) -> None:
@@ -3952,7 +4012,10 @@ def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
     with live(runner, tmp_path / "work") as client:
         task_id = client.create()
         record = client.watch(task_id)
-        changes = [(event["payload"]["change"], event["payload"]["path"]) for event in record.of("ARTIFACT")]
+        changes = [
+            (event["payload"]["change"], event["payload"]["path"])
+            for event in record.of("ARTIFACT")
+        ]
         assert changes[:2] == [("created", "docs/page.html"), ("created", "logo.bin")]
         assert changes[2:] == [("modified", "docs/page.html"), ("deleted", "logo.bin")]
         base = f"/api/tasks/{task_id}/artifacts"
@@ -3960,8 +4023,23 @@ def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
         page = client.http.get(f"{base}/docs/page.html")
         assert page.headers["content-type"] == "text/plain; charset=utf-8"
         assert page.headers["x-content-type-options"] == "nosniff"
-        bad = ["../secret.txt", "%2e%2e/secret.txt", "..%2f..%2fsecret.txt", "/etc/hostname", "%2fetc%2fhostname"]
-        bad += ["link.txt", "outside/secret.txt", "docs/.git/config", "docs", "", "%00", "x" * 5000, "no.txt"]
+        bad = [
+            "../secret.txt",
+            "%2e%2e/secret.txt",
+            "..%2f..%2fsecret.txt",
+            "/etc/hostname",
+            "%2fetc%2fhostname",
+        ]
+        bad += [
+            "link.txt",
+            "outside/secret.txt",
+            "docs/.git/config",
+            "docs",
+            "",
+            "%00",
+            "x" * 5000,
+            "no.txt",
+        ]
         for path in bad:
             response = client.http.get(f"{base}/{path}")
             assert response.status_code == 404, path
@@ -4011,7 +4089,10 @@ def test_health_and_metrics_count(tmp_path: Path) -> None:
         text = client.http.get("/metrics").text
         values = dict(re.findall(r"^(\S+(?:\{.*?\})?) ([\d.]+)$", text, re.MULTILINE))
         assert values['streamer_tasks{status="SUCCEEDED"}'] == "1"
-        assert (values["streamer_events_total"], values["streamer_deliveries_total"]) == ("10", "10")
+        assert (values["streamer_events_total"], values["streamer_deliveries_total"]) == (
+            "10",
+            "10",
+        )
         assert values["streamer_store_up"] == "1"
         assert values["streamer_model_completion_tokens_total"] == "0"
         assert text.endswith("\n")
@@ -4023,7 +4104,9 @@ def test_health_and_metrics_count(tmp_path: Path) -> None:
                 assert re.fullmatch(rf'{kind}(\{{status="\w+"\}})? \d+(\.\d+)?', line), line
 
 
-def test_log_tells_of_tasks_and_clients(scripted: Client, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_log_tells_of_tasks_and_clients(
+    scripted: Client, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     """One key=value line a transition, and one a client with its outcome."""
     with caplog.at_level("INFO", "streamer"), live(burst(3), tmp_path) as client:
         task_id = client.create()
@@ -4078,7 +4161,7 @@ def refusals(client: Client, headers: dict[str, str], query: str = "") -> tuple[
 
 
 def test_origins_of_other_pages_are_refused(tmp_path: Path) -> None:
-    """`null`, look-alikes and other ports are; its own page's, configured ones and none at all are not."""
+    """`null`, look-alikes and other ports are; its own page's, configured ones and none are not."""
     with live(burst(1), tmp_path, allowed_origins=("https://app.test", "http://[::1]:9")) as client:
         own = client.url
         port = client.address[1]
@@ -4093,13 +4176,29 @@ def test_origins_of_other_pages_are_refused(tmp_path: Path) -> None:
         ):
             assert refusals(client, {"Origin": origin}) == ("forbidden", "forbidden"), origin
             assert client.http.get("/api/tasks", headers={"Origin": origin}).status_code == 403
-        for origin in (own, own.upper(), "https://app.test", "HTTPS://APP.test:443", "http://[::1]:9"):
+        for origin in (
+            own,
+            own.upper(),
+            "https://app.test",
+            "HTTPS://APP.test:443",
+            "http://[::1]:9",
+        ):
             assert refusals(client, {"Origin": origin}) == ("task_not_found", ""), origin
         assert refusals(client, {}) == ("task_not_found", "")
-        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
-        allowed = client.http.options("/api/tasks", headers={"Origin": "https://app.test", **preflight})
-        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://app.test")
-        denied = client.http.options("/api/tasks", headers={"Origin": "http://evil.test", **preflight})
+        preflight = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
+        allowed = client.http.options(
+            "/api/tasks", headers={"Origin": "https://app.test", **preflight}
+        )
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (
+            200,
+            "https://app.test",
+        )
+        denied = client.http.options(
+            "/api/tasks", headers={"Origin": "http://evil.test", **preflight}
+        )
         assert "access-control-allow-origin" not in denied.headers
     with live(burst(1), tmp_path) as client:  # no CORS by default
         denied = client.http.options("/api/tasks", headers={"Origin": own, **preflight})
@@ -4108,7 +4207,7 @@ def test_origins_of_other_pages_are_refused(tmp_path: Path) -> None:
 
 
 def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
-    """What a name was made to point here for (DNS rebinding) stops; loopback names and configured ones go on."""
+    """Names made to point here (DNS rebinding) are; loopback names and configured ones are not."""
     with live(burst(1), tmp_path, allowed_hosts=("streamer.test",)) as client:
         for host in (
             "evil.test",
@@ -4119,7 +4218,10 @@ def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
             "[::2]:1",
             "10.0.0.1",
         ):
-            assert refusals(client, {"Host": host}) == ("misdirected_request", "misdirected_request"), host
+            assert refusals(client, {"Host": host}) == (
+                "misdirected_request",
+                "misdirected_request",
+            ), host
         for host in (
             "localhost",
             "LOCALHOST:1",
@@ -4144,7 +4246,7 @@ def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
-    """By header anywhere, by query for sockets and SSE; not on other routes; 401 says how; never seen again."""
+    """By header anywhere, by query for sockets and SSE only; 401 says how; never seen again."""
     with process(SERVER, "--test-mode", "--port", "0", "--token", TOKEN, cwd=tmp_path) as server:
         client = server.client
         bearer = {"Authorization": f"Bearer {TOKEN}"}
@@ -4162,21 +4264,31 @@ def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
             answer = client.http.get("/api/tasks", headers=headers)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert refusals(client, {}, f"token={TOKEN}") == ("task_not_found", "unauthorized")
-        created = client.http.post("/api/tasks", json={"input_prompt": f"my {TOKEN}"}, headers=bearer)
+        created = client.http.post(
+            "/api/tasks", json={"input_prompt": f"my {TOKEN}"}, headers=bearer
+        )
         assert created.status_code == 201
         task_id = created.json()["id"]
         assert client.http.get(f"/api/tasks?token={TOKEN}").status_code == 401
         assert client.http.get("/metrics").status_code == 401
-        assert client.http.get(f"/api/tasks/?token={TOKEN}", follow_redirects=False).status_code == 401
+        assert (
+            client.http.get(f"/api/tasks/?token={TOKEN}", follow_redirects=False).status_code == 401
+        )
         slashed = client.http.get("/api/tasks/", headers=bearer, follow_redirects=False)
         assert (slashed.status_code, "location" in slashed.headers) == (404, False)
         with client.socket(task_id, f"start=true&token={TOKEN}") as websocket:
             receive_until(websocket, is_event("TASK_START"))
         client.http.post(f"/api/tasks/{task_id}/cancel", headers=bearer)
-        stream = client.http.get(f"/api/tasks/{task_id}/events?token={TOKEN}", headers={"Accept": "text/event-stream"})
+        stream = client.http.get(
+            f"/api/tasks/{task_id}/events?token={TOKEN}", headers={"Accept": "text/event-stream"}
+        )
         assert "TASK_CANCELLED" in stream.text
-        assert not any(TOKEN in line for line in stream.text.splitlines() if '"type":"event"' in line)
-        with process("test_streamer.py", task_id, "--url", client.url, "--token", TOKEN, cwd=HERE) as watcher:
+        assert not any(
+            TOKEN in line for line in stream.text.splitlines() if '"type":"event"' in line
+        )
+        with process(
+            "test_streamer.py", task_id, "--url", client.url, "--token", TOKEN, cwd=HERE
+        ) as watcher:
             assert watcher.wait() == 1
             assert b"TASK_CANCELLED" in watcher.output
         server.stop()
@@ -4186,11 +4298,17 @@ def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--host", "0.0.0.0"], "can be reached from other machines, so a token is needed: set STREAMER_TOKEN"),
+        (
+            ["--host", "0.0.0.0"],
+            "can be reached from other machines, so a token is needed: set STREAMER_TOKEN",
+        ),
         (["--host", "::"], "so a token is needed"),
         (["--host", "0.0.0.0", "--token", "short"], "token must be at least 8 characters"),
         (["--token", "with blanks in it"], "ASCII without blanks"),
-        (["--allowed-origins", "*"], "allowed_origins must be as browsers send them: https://example.com"),
+        (
+            ["--allowed-origins", "*"],
+            "allowed_origins must be as browsers send them: https://example.com",
+        ),
         (["--allowed-origins", "http://a.test,https://b.test/path"], "not 'https://b.test/path'"),
         (
             ["--allowed-origins", "HTTPS://App.test"],
@@ -4208,7 +4326,17 @@ def test_wrong_access_settings_exit_2(tmp_path: Path, arguments: list[str], comp
 
 def test_other_machines_reach_it_with_a_token(tmp_path: Path) -> None:
     """Bound to every address: by the names it was given, with the token."""
-    command = ["--test-mode", "--port", "0", "--host", "0.0.0.0", "--token", TOKEN, "--allowed-hosts", "box.test"]
+    command = [
+        "--test-mode",
+        "--port",
+        "0",
+        "--host",
+        "0.0.0.0",
+        "--token",
+        TOKEN,
+        "--allowed-hosts",
+        "box.test",
+    ]
     with process(SERVER, *command, cwd=tmp_path) as server:
         client = server.client
         port = client.url.rsplit(":", 1)[1]
@@ -4224,10 +4352,11 @@ async function attempt(name, work) {
 }
 async function attack(at, id) {
   const body = JSON.stringify({input_prompt: "p"}), events = `${at}/api/tasks/${id}/events`;
-  const post = headers => fetch(at + "/api/tasks", {method: "POST", headers, body}).then(answer => answer.status);
+  const send = set => fetch(at + "/api/tasks", {method: "POST", body, ...set});
+  const post = headers => send({headers}).then(answer => answer.status);
   return Object.fromEntries(await Promise.all([
     attempt("json", () => post({"Content-Type": "application/json"})),
-    attempt("simple", () => fetch(at + "/api/tasks", {method: "POST", mode: "no-cors", body}).then(() => "sent")),
+    attempt("simple", () => send({mode: "no-cors"}).then(() => "sent")),
     attempt("read", () => fetch(at + "/api/tasks").then(answer => answer.text())),
     attempt("events", () => new Promise((resolve, reject) => {
       const source = new EventSource(events);
@@ -4244,7 +4373,7 @@ async function attack(at, id) {
 
 
 def test_hostile_page_in_a_real_browser_gets_nothing(tmp_path: Path, chromium: Any) -> None:
-    """From a second origin: no task is created, started or read; an allowed origin can do all of it."""
+    """From another origin no task is created, started or read; an allowed one can do all of it."""
 
     async def page(request: Request) -> Response:
         return Response(HOSTILE_PAGE, media_type="text/html")
@@ -4271,7 +4400,7 @@ def test_hostile_page_in_a_real_browser_gets_nothing(tmp_path: Path, chromium: A
 
 
 def test_page_works_with_a_token(tmp_path: Path, chromium: Any) -> None:
-    """Opened with `?token=` it does all it does without; opened without, it says what is missing."""
+    """Opened with `?token=` it does all that it does without; else it says what is missing."""
     with live(burst(3), tmp_path, token=TOKEN) as client:
         chromium.goto(client.url)
         chromium.wait_for_selector("#link:has-text('a token is needed')")
@@ -4295,19 +4424,37 @@ def test_answers_carry_their_headers_and_errors_tell_nothing(tmp_path: Path) -> 
         client = Client(url)
         task_id = client.create()
         client.watch(task_id)
-        answers = [client.http.get(path) for path in ("/", "/healthz", "/metrics", "/nothing", f"/api/tasks/{task_id}")]
-        answers += [client.http.get(f"/api/tasks/{task_id}/artifacts/%00"), client.http.put("/api/tasks")]
+        answers = [
+            client.http.get(path)
+            for path in ("/", "/healthz", "/metrics", "/nothing", f"/api/tasks/{task_id}")
+        ]
+        answers += [
+            client.http.get(f"/api/tasks/{task_id}/artifacts/%00"),
+            client.http.put("/api/tasks"),
+        ]
         answers.append(client.http.get("/", headers={"Host": "evil.test"}))
         store.load = broken  # type: ignore[method-assign]
         answers.append(client.http.get(f"/api/tasks/{task_id}"))
         client.http.close()
-    assert [answer.status_code for answer in answers] == [200, 200, 200, 404, 200, 404, 405, 421, 500]
+    assert [answer.status_code for answer in answers] == [
+        200,
+        200,
+        200,
+        404,
+        200,
+        404,
+        405,
+        421,
+        500,
+    ]
     for answer in answers:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
         if answer.status_code >= 400:
             assert set(answer.json()["error"]) == {"code", "message"}
-            assert not re.search(r"Traceback|KeyError|\.py|starlette|uvicorn|\d\.\d+\.\d", answer.text)
+            assert not re.search(
+                r"Traceback|KeyError|\.py|starlette|uvicorn|\d\.\d+\.\d", answer.text
+            )
             assert str(HERE) not in answer.text
 
 
@@ -4322,7 +4469,7 @@ def test_run_tests_needs_the_operators_word(tmp_path: Path) -> None:
 
 
 def test_artifact_that_is_swapped_during_the_request(tmp_path: Path) -> None:
-    """A name that turns into a link out, back and forth, ten thousand times: never the other file."""
+    """A name that turns into a link out and back, ten thousand times: never the other file."""
     root, secret = tmp_path / "task", tmp_path / "secret.txt"
     root.mkdir()
     secret.write_text("secret")
@@ -4351,7 +4498,7 @@ def test_artifact_that_is_swapped_during_the_request(tmp_path: Path) -> None:
 
 
 def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that says nothing, half a request, or a head of megabytes: dropped; others are served."""
+    """A connection that says nothing, half a request, or a head of megabytes is cut off."""
     monkeypatch.setattr(streamer.AbortProtocol, "PATIENCE", 0.3)
     with live(burst(1), tmp_path, max_sockets=1) as client:
         half = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
@@ -4369,7 +4516,9 @@ def test_heads_that_do_not_end_are_cut_off(tmp_path: Path, monkeypatch: pytest.M
         assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
 
 
-def test_live_stream_outlasts_half_a_request_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_stream_outlasts_half_a_request_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The patience with a head is no limit of an answer that is being given."""
     monkeypatch.setattr(streamer.AbortProtocol, "PATIENCE", 0.2)
     gate = Gate()
@@ -4411,7 +4560,9 @@ def test_connections_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     """max_sockets and 1000 more are served; then 503, until some are gone."""
     with live(burst(1), tmp_path, max_sockets=1) as client:
         kept = [raw_request(client, b"") for _ in range(1001)]
-        assert raw_answer(client, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503")
+        assert raw_answer(client, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(
+            b"HTTP/1.1 503"
+        )
         for sock in kept:
             sock.close()
         assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
@@ -4421,7 +4572,8 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it says stays in the text of the events that say it."""
-    forged = '"}}}\n{"type":"event","data":{"event_id":99}}\x1b]0;owned\x07\x1b[2J\ntask id=x status=SUCCEEDED'
+    forged = '"}}}\n{"type":"event","data":{"event_id":99}}\x1b]0;owned\x07\x1b[2J\n'
+    forged += "task id=x status=SUCCEEDED"
 
     def runner(run: Run) -> None:
         run.emit("MESSAGE", {"message": forged, "content": forged}, forged[:60])
@@ -4433,9 +4585,12 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
         record = client.watch(client.create(forged, title=forged))
         assert record.ids == [1, 2, 3, 4]
         sse = client.http.get(
-            f"/api/tasks/{record.events[0]['task_id']}/events", headers={"Accept": "text/event-stream"}
+            f"/api/tasks/{record.events[0]['task_id']}/events",
+            headers={"Accept": "text/event-stream"},
         )
-        assert [line for line in sse.text.splitlines() if line.startswith("id: ")] == [f"id: {n}" for n in range(1, 5)]
+        assert [line for line in sse.text.splitlines() if line.startswith("id: ")] == [
+            f"id: {n}" for n in range(1, 5)
+        ]
         for message in record.messages:
             transcript.show(message)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", capsys.readouterr().out)
@@ -4445,14 +4600,20 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
 
 
 def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
-    """Every route, the frames and the messages, shaped right and bent: no 500, no hang, no traceback, no growth."""
-    seed, seconds = int(os.environ.get("FUZZ_SEED", "7")), float(os.environ.get("FUZZ_SECONDS", "5"))
-    with busy(tmp_path, max_events=50, max_tasks=20, max_sockets=50, send_timeout=2, grace=0.2) as server:
+    """Routes, frames and messages, right and bent: no 500, no hang, no traceback, no growth."""
+    seed, seconds = (
+        int(os.environ.get("FUZZ_SEED", "7")),
+        float(os.environ.get("FUZZ_SECONDS", "5")),
+    )
+    with busy(
+        tmp_path, max_events=50, max_tasks=20, max_sockets=50, send_timeout=2, grace=0.2
+    ) as server:
         fuzzer = Fuzzer(server.client, seed)
         fuzzer.go(seconds / 2)
         before = cpu_and_rss(server)[1]
         fuzzer.go(seconds / 2)
-        print(f"seed {seed}: {sum(fuzzer.statuses.values())} requests {dict(fuzzer.statuses)}, {fuzzer.frames} frames")
+        count = sum(fuzzer.statuses.values())
+        print(f"seed {seed}: {count} requests {dict(fuzzer.statuses)}, {fuzzer.frames} frames")
         assert fuzzer.faults == []
         assert server.client.get("/healthz")["status"] == "ok"
         witness = server.client.follow(fuzzer.fresh_task())
@@ -4511,7 +4672,17 @@ class Fuzzer:
         "{}",
         "\u00e9".encode().decode("latin-1"),
     )
-    QUERIES = ("after", "limit", "types", "start", "page", "page_size", "status", "restart", "token")
+    QUERIES = (
+        "after",
+        "limit",
+        "types",
+        "start",
+        "page",
+        "page_size",
+        "status",
+        "restart",
+        "token",
+    )
     HEADERS = (
         "Accept: text/event-stream",
         "Accept: */*",
@@ -4560,9 +4731,20 @@ class Fuzzer:
         pick, task = self.chance.choice, self.chance.choice(self.tasks)
         good = [
             f"/api/tasks/{task}{end}"
-            for end in ("", "/state", "/run", "/cancel", "/events", "/artifacts", "/artifacts/a", "/artifacts.zip")
+            for end in (
+                "",
+                "/state",
+                "/run",
+                "/cancel",
+                "/events",
+                "/artifacts",
+                "/artifacts/a",
+                "/artifacts.zip",
+            )
         ]
-        path = pick([*good, "/api/tasks", "/api/tasks", "/", "/healthz", "/metrics", f"/ws/tasks/{task}"])
+        path = pick(
+            [*good, "/api/tasks", "/api/tasks", "/", "/healthz", "/metrics", f"/ws/tasks/{task}"]
+        )
         if self.chance.random() < 0.3:
             parts = path.split("/")
             parts[self.chance.randrange(len(parts))] = pick(self.SEGMENTS)
@@ -4581,29 +4763,47 @@ class Fuzzer:
             "1e3",
             "\u0662".encode().decode("latin-1"),
         ]
-        query = "&".join(f"{pick(self.QUERIES)}={pick(values)}" for _ in range(self.chance.randrange(4)))
+        query = "&".join(
+            f"{pick(self.QUERIES)}={pick(values)}" for _ in range(self.chance.randrange(4))
+        )
         return f"{path}?{query}" if query else path
 
     def body(self) -> bytes:
         options = {name: self.value() for name in self.chance.sample(list(streamer.OPTIONS), 2)}
-        fields = {"input_prompt": "0.01", "title": "t", "options": self.chance.choice(({}, options))}
+        fields = {
+            "input_prompt": "0.01",
+            "title": "t",
+            "options": self.chance.choice(({}, options)),
+        }
         for name in self.chance.sample([*fields, "more"], self.chance.choice((0, 0, 1, 2))):
             fields[name] = self.value()
         text = json.dumps(fields).encode()
         cut = self.chance.randrange(len(text))
-        return self.chance.choice((text, text, text, text[:cut], text[:cut] + b"\xff" + text[cut:], b"[" * 3000, b""))
+        return self.chance.choice(
+            (text, text, text, text[:cut], text[:cut] + b"\xff" + text[cut:], b"[" * 3000, b"")
+        )
 
     def request(self) -> None:
         path = self.path()
-        posts = "/run" in path or "/cancel" in path or (path.startswith("/api/tasks") and self.chance.random() < 0.5)
+        posts = (
+            "/run" in path
+            or "/cancel" in path
+            or (path.startswith("/api/tasks") and self.chance.random() < 0.5)
+        )
         method = "POST" if posts else "GET"
         if self.chance.random() < 0.3:
-            method = self.chance.choice(("POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "G\x00T", "get"))
+            method = self.chance.choice(
+                ("POST", "DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "G\x00T", "get")
+            )
         headers = ["Host: localhost", "Connection: close"]
         headers += self.chance.sample(self.HEADERS, self.chance.choice((0, 0, 1, 2, 3)))
         body = self.body() if method in ("POST", "PUT") or self.chance.random() < 0.1 else b""
         if body:
-            length = len(body) if self.chance.random() < 0.95 else self.chance.choice((0, 1, len(body) + 9, -1))
+            length = (
+                len(body)
+                if self.chance.random() < 0.95
+                else self.chance.choice((0, 1, len(body) + 9, -1))
+            )
             chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
             framing, body = self.chance.choice(
                 ((f"Content-Length: {length}", body), ("Transfer-Encoding: chunked", chunked))
@@ -4618,7 +4818,9 @@ class Fuzzer:
                 sock.sendall(data)
             answer = b""
             stream = b"event-stream" in data or b"pgrade" in data or b"100-continue" in data
-            sock.settimeout(0.2 if stream else 5)  # a body that never comes is answered in send_timeout
+            sock.settimeout(
+                0.2 if stream else 5
+            )  # a body that never comes is answered in send_timeout
             with contextlib.suppress(ConnectionError):
                 try:
                     while chunk := sock.recv(65536):
@@ -4645,7 +4847,14 @@ class Fuzzer:
             )
         )
         payload = pick(
-            (json.dumps(message).encode(), json.dumps(message).encode(), b"\xff\xfe", b"{", b"x" * 70_000, b"[" * 5000)
+            (
+                json.dumps(message).encode(),
+                json.dumps(message).encode(),
+                b"\xff\xfe",
+                b"{",
+                b"x" * 70_000,
+                b"[" * 5000,
+            )
         )
         opcode = pick((1, 1, 1, 1, 2, 0, 3, 8, 9, 10, 15))
         frame = bytearray(masked(opcode, payload[: 125 if opcode > 7 else None]))
@@ -4688,11 +4897,18 @@ def chromium() -> Iterator[Any]:
     needs_package("playwright")
     with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 900}, accept_downloads=True
+        )
         context.set_default_timeout(1000 * TIMEOUT)
         faults: list[str] = []
         context.on("weberror", lambda error: faults.append(str(error.error)))
-        context.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
+        context.on(
+            "console",
+            lambda said: (
+                faults.append(said.text) if "Content Security Policy" in said.text else None
+            ),
+        )
         context.on("dialog", lambda dialog: faults.append(dialog.message))
         yield context.new_page()
         browser.close()
@@ -4705,7 +4921,7 @@ def fits(page: Any) -> bool:
 
 
 def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) -> None:
-    """Typed, started, watched, opened and downloaded; by mouse and by keyboard; odd text stays text."""
+    """Typed, started, watched, opened, downloaded; by mouse and keyboard; odd text stays text."""
     page = chromium
     page.goto(scripted.url)
     assert "test mode" in page.inner_text("#mode")
@@ -4727,7 +4943,10 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
     assert page.inner_text("#title") == ODD_TEXT
     assert page.locator("#task script, #task img, #tasks script, #tasks img").count() == 0
     assert page.locator("#feed li").count() == len(
-        {event["payload"].get("call_id") or event["event_id"] for event in whole_log(scripted, task["id"])}
+        {
+            event["payload"].get("call_id") or event["event_id"]
+            for event in whole_log(scripted, task["id"])
+        }
     )
     assert "of $3.00" in page.inner_text("#cost")
     message = page.locator("#feed .MESSAGE details").first
@@ -4798,7 +5017,7 @@ def test_page_says_that_a_price_is_unknown(tmp_path: Path, chromium: Any) -> Non
 
 
 def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) -> None:
-    """Killed under the page and started again: it says so, resumes after the last event, and misses none."""
+    """Killed under the page and started again: it says so, resumes, and misses no event."""
     page = chromium
     with loopback() as free:
         port = free.getsockname()[1]
@@ -4820,7 +5039,7 @@ def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) ->
 
 
 def test_page_shows_the_task_it_was_asked_for_last(tmp_path: Path, chromium: Any) -> None:
-    """One that is slow to load, or is not there, does not show up in another; a log that starts anew is shown once."""
+    """One that is slow or not there does not show in another; a log that starts anew comes once."""
     with live(burst(3), tmp_path) as client:
         first, second = client.create("first"), client.create("second")
         client.watch(first)
@@ -4867,7 +5086,9 @@ def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> No
 def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
     """A token in the page's address is taken out of it, and sent in a header."""
     page, sent = chromium, []
-    page.on("request", lambda request: sent.append((request.url, request.headers.get("authorization"))))
+    page.on(
+        "request", lambda request: sent.append((request.url, request.headers.get("authorization")))
+    )
     page.goto(f"{scripted.url}/?token=abc#")
     page.wait_for_selector("#mode:has-text('test')")
     assert "token" not in page.url
@@ -4879,7 +5100,10 @@ def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         (nonce,) = set(re.findall(r"'nonce-(\w+)'", policy))
-        assert re.findall(r'<(\w+) nonce="(\w+)">', answer.text) == [("style", nonce), ("script", nonce)]
+        assert re.findall(r'<(\w+) nonce="(\w+)">', answer.text) == [
+            ("style", nonce),
+            ("script", nonce),
+        ]
         nonces.add(nonce)
     assert len(nonces) == 2
 
@@ -4894,8 +5118,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from starlette.applications import Starlette
 from streamer import Settings, create_app
 logging.basicConfig(level=logging.INFO)
-one, two = (create_app(Settings(test_mode=True, workspace=name), runner=lambda run: run.emit("LOG", {"message": name}))
-            for name in ("one", "two"))
+def made(name):
+    settings = Settings(test_mode=True, workspace=name)
+    return create_app(settings, runner=lambda run: run.emit("LOG", {"message": name}))
+one, two = made("one"), made("two")
 @asynccontextmanager
 async def lifespan(app):
     async with AsyncExitStack() as stack:
@@ -4918,7 +5144,7 @@ Server(uvicorn.Config(app, port=0, log_config=None)).run()
 
 @pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 def test_mounted_under_a_prefix(tmp_path: Path, framework: str) -> None:
-    """Two instances in somebody's application, with its lifespan: each has its own tasks, links carry the prefix."""
+    """Two of them in an application, with its lifespan: each has its tasks, links the prefix."""
     needs_package(framework)
     with process("-c", MOUNTED, framework, cwd=tmp_path) as server:
         for name, count in (("one", 1), ("two", 0)):
@@ -4927,7 +5153,10 @@ def test_mounted_under_a_prefix(tmp_path: Path, framework: str) -> None:
             assert client.http.get("/").headers["content-type"].startswith("text/html")
             for _ in range(count):
                 created = client.http.post("/api/tasks", json={"input_prompt": "p"})
-                assert created.headers["location"] == f"/agents/{name}/api/tasks/{created.json()['id']}"
+                assert (
+                    created.headers["location"]
+                    == f"/agents/{name}/api/tasks/{created.json()['id']}"
+                )
                 assert client.watch(created.json()["id"]).last_state["status"] == "SUCCEEDED"
             assert client.get("/healthz")["tasks"] == ({"SUCCEEDED": 1} if count else {})
             client.http.close()
