@@ -2215,6 +2215,233 @@ def test_model_fault_is_none_for_other_errors() -> None:
     assert streamer.model_fault(KeyError("text"), model_settings(), []) is None
 
 
+def sse(*documents: Any) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(document).encode() for document in documents)
+
+
+DONE = b"data: [DONE]\n\n"
+BODIES: list[tuple[bytes, list[Any]]] = [
+    (sse({"a": 1}, {"b": "é"}) + DONE, [{"a": 1}, {"b": "é"}, None]),
+    (b'\xef\xbb\xbfdata: {"a": 1}\r\n\r\ndata:{"b": 2}\r\n\r\n', [{"a": 1}, {"b": 2}]),
+    (b': alive\n\nevent: x\nid: 7\nretry: 9\ndata: {"a":\ndata: 1}\n\n', [{"a": 1}]),
+    (b'data: {"a": 1}', [{"a": 1}]),  # the body ends with it
+    (DONE + sse({"a": 1}), [None]),
+    (b'{"a": 1}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
+    (b'{\n  "a": {\n    "b": 1\n  }\n}', [{"a": {"b": 1}}]),
+    (sse({"a": "x" * 100_000, "error": None}), [{"a": "x" * 100_000, "error": None}]),
+    (b"", []),
+]
+
+
+@pytest.mark.parametrize(("body", "documents"), BODIES)
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_body_reader_takes_documents_apart(body: bytes, documents: list[Any], size: int) -> None:
+    """Server-sent events, lines and whole documents, in whatever pieces they come."""
+    reader = streamer._BodyReader()
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    found = [document for piece in pieces for document in reader.feed(piece)]
+    assert [*found, *reader.end()] == documents
+
+
+ERRORS_IN_BODIES: list[tuple[bytes, type[Exception], str]] = [
+    (sse({"error": {"message": "overloaded"}}), streamer.ServerError, "overloaded"),
+    (sse({"error": "out of memory"}), streamer.ServerError, "out of memory"),
+    (sse({"object": "error", "message": "CUDA"}), streamer.ServerError, "CUDA"),
+    (b'event: error\ndata: {"message": "died"}\n\n', streamer.ServerError, "died"),
+    (b'error: {"message": "context shift"}\n\n', streamer.ServerError, "context shift"),
+    (b'{"error": "CUDA error"}\n', streamer.ServerError, "CUDA error"),
+    (b'data: {"choices": [{"del', streamer.PartialAnswer, "the model's answer broke off, in '{"),
+    (b"data: {not json}\n\n", streamer.PartialAnswer, "the model's answer broke off, in '{not"),
+    (b'{"choices": [', streamer.PartialAnswer, "the model's answer broke off, in '{"),
+    (b"<!doctype html>\n<title>login</title>\n", streamer.NotACompletion, "<!doctype html>"),
+    (sse([1, 2]), streamer.NotACompletion, "[1,2]"),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "text"), ERRORS_IN_BODIES)
+def test_body_reader_raises_what_is_no_answer(
+    body: bytes, kind: type[Exception], text: str
+) -> None:
+    """Errors inside a stream, of every vendor's form, halves of a document, and web pages."""
+    reader = streamer._BodyReader()
+    with pytest.raises(kind) as caught:
+        list(itertools.chain(reader.feed(body), reader.end()))
+    assert str(caught.value).startswith(text)
+
+
+def choice(delta: Any, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more}
+
+
+COUNTS = {"prompt_tokens": 7, "completion_tokens": 5}
+THINKING_BLOCKS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+ANSWER_BLOCKS = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]
+CHUNKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
+    ("OpenAILLM", choice({"content": "x"}), ("x", "", "", {})),
+    ("OpenAILLM", choice(None, "length"), ("", "", "length", {})),
+    ("OpenAILLM", {"choices": None}, ("", "", "", {})),
+    ("OpenAILLM", {"choices": [], "usage": COUNTS}, ("", "", "", COUNTS)),
+    ("OpenAILLM", {"choices": [], "x_groq": {"usage": COUNTS}}, ("", "", "", COUNTS)),
+    ("OpenAILLM", choice({"content": None, "reasoning_content": "hm"}), ("", "hm", "", {})),
+    ("OpenAILLM", choice({"reasoning": "hm", "reasoning_content": "hm"}), ("", "hm", "", {})),
+    ("OpenAILLM", choice({"content": THINKING_BLOCKS}), ("", "hm", "", {})),
+    ("OpenAILLM", choice({"refusal": "I cannot"}, "stop"), ("I cannot", "", "refusal", {})),
+    ("OpenAILLM", {"choices": [{"index": 1, "delta": {"content": "other"}}]}, ("", "", "", {})),
+    ("OpenAILLM", {"choices": [{"message": {"content": "x"}}]}, ("x", "", "stop", {})),
+    ("AnthropicLLM", {"delta": {"type": "text_delta", "text": "x"}}, ("x", "", "", {})),
+    ("AnthropicLLM", {"delta": {"type": "thinking_delta", "thinking": "hm"}}, ("", "hm", "", {})),
+    (
+        "AnthropicLLM",
+        {"delta": {"stop_reason": "max_tokens"}, "usage": {"output_tokens": 5}},
+        ("", "", "max_tokens", {"completion_tokens": 5}),
+    ),
+    ("AnthropicLLM", {"content": ANSWER_BLOCKS, "stop_reason": "end_turn"}, ("x", "hm", "end_turn", {})),
+    ("OllamaLLM", {"message": {"content": "x", "thinking": "hm"}}, ("x", "hm", "", {})),
+    ("OllamaLLM", {"response": "x", "done": True}, ("x", "", "stop", {})),
+    (
+        "OllamaLLM",
+        {"message": {}, "done": True, "done_reason": "length", "prompt_eval_count": 7},
+        ("", "", "length", {"prompt_tokens": 7}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("vendor", "document", "chunk"), CHUNKS)
+def test_chunk_is_the_same_of_every_vendor(
+    vendor: str, document: dict[str, Any], chunk: tuple[Any, ...]
+) -> None:
+    """Text, thinking, finish reason and tokens, whatever the vendor calls them."""
+    assert streamer.ASKED[vendor].chunk(document) == chunk
+
+
+class Refusal(Exception):
+    """An SDK's error, as far as a request reads it."""
+
+    status_code = 400
+
+    def __init__(self, text: str, param: str | None) -> None:
+        super().__init__(text)
+        self.param = param
+
+
+def request_form(**configured: Any) -> Any:
+    config = types.SimpleNamespace(max_token=4096, base_url=f"http://{os.urandom(8).hex()}.test")
+    vars(config).update(configured, model_fields_set=set(configured))
+    return streamer._RequestForm(types.SimpleNamespace(config=config, model="some-model"))
+
+
+ASKS = {"model": "m", "max_tokens": 4096, "temperature": 0.0, "stream_options": {}}
+RENAMED = {"model": "m", "max_completion_tokens": 32768, "temperature": 0.0, "stream_options": {}}
+USE_OTHER = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+# What the server says, the error's param; the arguments that are sent then.
+REFUSALS: list[tuple[str, str | None, dict[str, Any]]] = [
+    (USE_OTHER, "max_tokens", RENAMED),
+    (USE_OTHER, None, RENAMED),
+    ("only the default (1) is supported", "temperature", {**ASKS, "temperature": ...}),
+    ("unknown field stream_options", None, {**ASKS, "stream_options": ...}),
+    ("bad option", "stream_options.include_usage", {**ASKS, "stream_options": ...}),
+]
+
+
+@pytest.mark.parametrize(("text", "param", "arguments"), REFUSALS)
+def test_request_form_learns_from_refusals(
+    text: str, param: str | None, arguments: dict[str, Any]
+) -> None:
+    """What a refusal names is renamed or left out, in whatever way it is named."""
+    form = request_form()
+    assert form.fit(ASKS) == ASKS
+    assert form.adapt(Refusal(text, param)) != ""
+    wanted = {name: value for name, value in arguments.items() if value is not ...}
+    assert form.fit(ASKS) == wanted
+    form.keep()
+    assert streamer._RequestForm(types.SimpleNamespace(config=form._config, model="some-model")).fit(
+        ASKS
+    ) == wanted
+
+
+FINAL_REFUSALS = [
+    ("context_length_exceeded", "messages"),
+    ("max_tokens is too large: 4096, at most 2048", "max_tokens"),  # as it was asked for
+    ("max_tokens must be a number", "max_tokens"),
+    ("the prompt was filtered", None),
+]
+
+
+@pytest.mark.parametrize(("text", "param"), FINAL_REFUSALS)
+def test_request_form_leaves_other_refusals(text: str, param: str | None) -> None:
+    """A refusal of what the user asked for, or of the prompt, changes nothing."""
+    form = request_form()
+    form.fit(ASKS)
+    assert form.adapt(Refusal(text, param)) == ""
+    assert form.fit(ASKS) == ASKS
+
+
+def test_request_form_keeps_the_limit_that_a_user_has_set() -> None:
+    """It is neither raised for a model that thinks, nor after an answer that was cut."""
+    form = request_form(max_token=4096)
+    form.fit(ASKS)
+    assert form.enlarge() == ""
+    form.adapt(Refusal(USE_OTHER, "max_tokens"))
+    assert form.fit(ASKS)["max_completion_tokens"] == 4096
+    assert form.cut_reason("length") == (
+        "the model's answer was cut at llm.max_token=4096: a larger one allows longer answers"
+    )
+
+
+TOO_MANY = [
+    ("max_tokens: 16384 > 8192, which is the maximum allowed for this model", None, 8192),
+    ("This model supports at most 8192 completion tokens, you asked 16384", "max_tokens", 8192),
+    ("`inputs` tokens + `max_new_tokens` must be <= 4000", None, None),
+    ("'max_tokens' or 'max_completion_tokens' is too large: 16384", "max_tokens", None),
+]
+
+
+@pytest.mark.parametrize(("text", "param", "allowed"), TOO_MANY)
+def test_request_form_asks_for_what_the_server_allows(
+    text: str, param: str | None, allowed: int | None
+) -> None:
+    """A larger limit is asked for twice, and no larger than the server takes."""
+    form = request_form()
+    limits = []
+    for _ in range(2):
+        limits.append(form.fit(ASKS)["max_tokens"])
+        form.enlarge()
+    assert [*limits, form.fit(ASKS)["max_tokens"], form.enlarge()] == [4096, 16384, 65536, ""]
+    form = request_form()
+    form.fit(ASKS)
+    form.enlarge()
+    form.fit(ASKS)
+    if allowed is None:
+        with pytest.raises(streamer._GiveUp, match="=4096: the server allows no more"):
+            form.adapt(Refusal(text, param))
+    else:
+        assert form.adapt(Refusal(text, param)) == "the model server allows an answer of 8192 tokens"
+        assert (form.fit(ASKS)["max_tokens"], form.enlarge()) == (8192, "")
+
+
+def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
+    """80 KB in one piece are several events, none of them cut; surrogates of two pieces are one character."""
+
+    async def call() -> list[tuple[str, str]]:
+        run = Run(make_task(), Settings(workspace=tmp_path, max_event_bytes=1024))
+        speaker = streamer._Speaker(types.SimpleNamespace(run=run), "Engineer", "WriteCode")  # type: ignore[arg-type]
+        model_call = streamer._ModelCall(speaker, lambda: None)
+        for text, reasoning in (("", "hm"), (text_of_80_kb, ""), ("\ud83c", ""), ("\udf89", "")):
+            model_call.take(streamer.Chunk(text, reasoning))
+        model_call.close()
+        assert model_call.text == text_of_80_kb + "🎉"
+        drafts = [report for report in run.outbox.take() if isinstance(report, streamer.Draft)]
+        assert run.outbox.take() == []
+        assert all(len(draft.payload.encode()) <= 1024 for draft in drafts)
+        return [(draft.type, json.loads(draft.payload)["message"]) for draft in drafts]
+
+    text_of_80_kb = "".join(map(chr, range(1, 0x2000))) * 4
+    emitted = anyio.run(call)
+    assert emitted[0] == ("REASONING", "hm")
+    assert {kind for kind, _ in emitted[1:]} == {"TOKEN"}
+    assert "".join(text for _, text in emitted[1:]) == text_of_80_kb + "🎉"
+
+
 def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Process]) -> None:
     """PRD, design, tasks, code and reviews, token by token, by the real engine; files, cost and progress reported."""
     client, model, server = metagpt
