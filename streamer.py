@@ -2838,7 +2838,7 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
             try:
                 engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
             except ValueError as error:
-                raise SettingsError(_refused_field(error)) from error
+                raise SettingsError(refused_field(error)) from error
             _route_output(engine)
             _mend(engine)
             _address_models(engine)
@@ -2846,7 +2846,7 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
     return _engine
 
 
-def _refused_field(error: ValueError) -> str:
+def refused_field(error: ValueError) -> str:
     """pydantic's error about a configuration fills a page; the field and what is wrong with it."""
     details = error.errors()[0] if hasattr(error, "errors") else None
     if details is None:
@@ -4030,7 +4030,7 @@ class _Team:
     def _tasks(self, original: Callable[[Any], list[str]], document: Any) -> list[str]:
         names = original(document)
         if not names:
-            raise _GiveUp(f"the model's list of tasks names no file. {STRONGER_MODEL}")
+            raise _GiveUp(f"the model's list of tasks names no file; {STRONGER_MODEL}")
         return names
 
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
@@ -4412,7 +4412,7 @@ def _is_git_name(part: str) -> bool:
     return name == ".git" or re.fullmatch(r"git~\d+", name) is not None
 
 
-STRONGER_MODEL = "A stronger model (llm.model) may keep to the form asked"
+STRONGER_MODEL = "a stronger model (llm.model) may keep to the form asked"
 
 
 def failure_reason(error: BaseException, answer: str = "") -> str:
@@ -4429,8 +4429,8 @@ def failure_reason(error: BaseException, answer: str = "") -> str:
     text = " ".join(_plain_text(error).split())[:120]
     if attempts or _class_names(error) & {"ValidationError", "JSONDecodeError"}:
         after = f"after {attempts} attempts " if attempts else ""
-        form = f"{after}the model's answer has not the form asked: {text}"
-        return f"{form}. It begins {beginning}. {STRONGER_MODEL}"
+        form = f"{after}the model's answer has not the form asked; {STRONGER_MODEL}"
+        return f"{form}. It begins {beginning}. {text}"
     if isinstance(error, OSError) and error.strerror:
         return text
     came = f", perhaps for the model's answer, which begins {beginning}" if answer else ""
@@ -4446,8 +4446,7 @@ def _plain_text(error: BaseException) -> str:
         message = re.sub(r"[{}']|^Value error, ", "", first["msg"])
         return f"{where}: {message}{more}" if where else message
     if isinstance(error, OSError) and error.strerror:
-        name = Path(str(error.filename or "")).name
-        return f"{error.strerror}: {name}"
+        return f"the file {Path(str(error.filename)).name} cannot be used: {error.strerror}"
     return said(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
 
 

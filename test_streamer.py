@@ -1929,6 +1929,17 @@ def test_model_config_does_not_quote_a_line_that_may_hold_a_key(
     assert str(caught.value).endswith("cannot be read: line 3: found unexpected end of stream")
 
 
+def test_configuration_that_metagpt_refuses_is_told_by_its_field() -> None:
+    """pydantic's page about a configuration becomes a line with the field's name."""
+    pydantic: Any = importlib.import_module("pydantic")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        pydantic.TypeAdapter(dict[str, dict[str, bool]]).validate_python(
+            {"llm": {"stream": "perhaps"}}
+        )
+    reason = "llm.stream in config2.yaml is not what MetaGPT takes: Input should be a valid boolean"
+    assert streamer.refused_field(caught.value).startswith(reason)
+
+
 def sdk_error(vendor: str, response: httpx2.Response) -> Exception:
     """What the vendor's own client raises for an answer."""
     sdk: Any = importlib.import_module("anthropic" if vendor == "anthropic" else "openai")
@@ -2187,11 +2198,11 @@ def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) 
     ("error", "reason"),
     [
         (streamer.RunFailed("a reason"), "a reason"),
-        (OSError(errno.ENOSPC, "No space left on device", "/work/a.py"), "No space left on device: a.py"),
+        (OSError(errno.EIO, "Broken", "/work/a.py"), "the file a.py cannot be used: Broken"),
         (
             json.JSONDecodeError("Expecting value", "{", 1),
-            "the model's answer has not the form asked: Expecting value: line 1 column 2 (char 1). "
-            "It begins 'Sure! Here it is'. A stronger model (llm.model) may keep to the form asked",
+            "the model's answer has not the form asked; a stronger model (llm.model) may keep to the form asked. "
+            "It begins 'Sure! Here it is'. Expecting value: line 1 column 2 (char 1)",
         ),
         (
             KeyError("Task list"),
@@ -2213,6 +2224,91 @@ def test_failure_reason_is_a_line_for_a_person(error: Exception, reason: str) ->
 def test_model_fault_is_none_for_other_errors() -> None:
     """An error of MetaGPT's own code is not the model's."""
     assert streamer.model_fault(KeyError("text"), model_settings(), []) is None
+
+
+VENDOR_SCRIPT = """
+import asyncio, json, pathlib, sys, streamer
+engine = streamer.load_metagpt(pathlib.Path("workspace"))
+from metagpt.configs.llm_config import LLMConfig
+from metagpt.provider.llm_provider_registry import create_llm_instance
+
+async def ask(settings):
+    model = create_llm_instance(LLMConfig(**settings))
+    model.aclient.max_retries = 0
+    try:
+        await model._achat_completion([{"role": "user", "content": "hello"}])
+    except Exception as error:
+        assert streamer.model_fault(error, model.config, []).reason
+    await model.aclient.close()
+
+for settings in json.loads(sys.argv[1]):
+    asyncio.run(ask(settings))
+"""
+
+
+@contextlib.contextmanager
+def refusing_proxy() -> Iterator[tuple[str, list[str]]]:
+    """The address of a proxy that lets nothing through, and the heads of what it was asked."""
+    heads: list[str] = []
+    refusal = b"HTTP/1.1 403 Forbidden\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed at the end
+            while True:
+                with listener.accept()[0] as client:
+                    heads.append(client.recv(65536).partition(b"\r\n\r\n")[0].decode())
+                    client.sendall(refusal)
+
+    with loopback() as listener:
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", heads
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(TIMEOUT)
+
+
+def test_model_requests_go_to_their_own_vendor_through_llm_proxy(tmp_path: Path) -> None:
+    """A vendor's default server, its key and nobody else's, and the proxy that the settings name."""
+    plain = {"model": "m", "api_version": "1"}
+    vendors = ["openai", "mistral", "openrouter", "fireworks", "anthropic", "claude"]
+    models = [{**plain, "api_type": vendor, "api_key": f"key-of-{vendor}"} for vendor in vendors]
+    models += [
+        {
+            **plain,
+            "api_type": vendor,
+            "api_key": f"key-of-{vendor}",
+            "base_url": "http://models.test",
+        }
+        for vendor in ("openai", "moonshot", "anthropic", "azure")
+    ]
+    environ = {"OPENAI_API_KEY": KEY, "OPENAI_ORG_ID": "org-of-openai", "ANTHROPIC_API_KEY": KEY}
+    environ |= {"ANTHROPIC_AUTH_TOKEN": KEY, "ANTHROPIC_BASE_URL": "http://other.test"}
+    with refusing_proxy() as (proxy, heads):
+        asked = json.dumps([{**model, "proxy": proxy} for model in models])
+        with process("-c", VENDOR_SCRIPT, asked, cwd=tmp_path, environ=environ) as script:
+            assert script.popen.wait(4 * TIMEOUT) == 0, "".join(script.errors)
+    assert [head.split()[1] for head in heads] == [
+        "api.openai.com:443",
+        "api.mistral.ai:443",
+        "openrouter.ai:443",
+        "api.fireworks.ai:443",
+        "api.anthropic.com:443",
+        "api.anthropic.com:443",
+        "http://models.test/chat/completions",
+        "http://models.test/chat/completions",
+        "http://models.test/v1/messages",
+        "http://models.test/openai/deployments/m/chat/completions?api-version=1",
+    ]
+    assert [re.findall("(?i)(?:key|org)-of-\\w+", head) for head in heads[6:]] == [
+        ["key-of-openai", "org-of-openai"],
+        ["key-of-moonshot"],
+        ["key-of-anthropic"],
+        ["key-of-azure"],
+    ]
+    assert KEY not in "".join(heads)
 
 
 def sse(*documents: Any) -> bytes:
@@ -2499,9 +2595,9 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
         "[garbage]",
         {},
         "FAILED",
-        r"^ProductManager failed in WritePRD: after 6 attempts the model's answer has not the form asked: "
-        r"Expecting value: line 1 column 1 \(char 0\)\. It begins 'I would rather not answer in JSON\.'\. "
-        r"A stronger model \(llm\.model\) may keep to the form asked$",
+        r"^ProductManager failed in WritePRD: after 6 attempts the model's answer has not the form asked; "
+        r"a stronger model \(llm\.model\) may keep to the form asked\. "
+        r"It begins 'I would rather not answer in JSON\.'\. Expecting value: line 1 column 1 \(char 0\)$",
     ),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
@@ -2509,7 +2605,7 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("", {"investment": 0.001}, "FAILED", r"the budget is spent: \$0\.0\d+ of \$0\.001"),
     ("", {"n_round": 2}, "SUCCEEDED", r"rounds"),
     ("[slow]", {"timeout": 2}, "FAILED", r"^timed out after 2 s \(options\.timeout\)$"),
-    ("[task=.]", {}, "FAILED", r"^Engineer failed in WriteCode.*: Is a directory: \w+$"),
+    ("[task=.]", {}, "FAILED", r"^Engineer failed in WriteCode.*: the file \w+ cannot be used: Is a directory$"),
     ("[task=../../../../escaped.py]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("[task=/etc/hostname]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("", {"run_tests": True, "n_round": 8}, "SUCCEEDED", r"idle|rounds"),
@@ -2523,7 +2619,7 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
         "[task=none]",
         {},
         "FAILED",
-        r"^Engineer failed: the model's list of tasks names no file\. A stronger model \(llm\.model\) may ",
+        r"^Engineer failed: the model's list of tasks names no file; a stronger model \(llm\.model\) may ",
     ),
     (
         f"[task={'x' * 300}.py]",
@@ -5675,6 +5771,7 @@ def test_version_is_one_line(tmp_path: Path) -> None:
         ("llm: [", "config2.yaml cannot be read"),
         ("llm: 7", "must hold a mapping"),
         ("llm:\n  api_key: YOUR_API_KEY", "no model is configured"),
+        ("llm:\n  api_type: ollama\n  model: m", "llm.base_url in "),
         ("llm:\n  api_type: gemini\n  api_key: abc\n  model: m", "needs a package: pip install 'google-generativeai'"),
     ],
 )
