@@ -24,7 +24,48 @@ What it promises, and refers to below by number:
 10. Bad input. Any input gets a clear 4xx or `error`; a payload JSON cannot carry is made to fit.
 """
 
+# What `uv run` installs: requirements.txt without pytest, and MetaGPT without its own pins.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "aiofiles==25.1.0", "aiohappyeyeballs==2.7.1", "aiohttp==3.14.5", "aiosignal==1.4.0",
+#   "annotated-types==0.8.0", "anthropic==2.14.0", "anyio==4.16.0",
+#   "async-timeout==5.0.1; python_full_version < '3.11.3'", "attrs==26.1.0",
+#   "certifi==2026.10.19.post1", "chardet==7.7.0", "charset-normalizer==3.5.3", "click==8.5.1",
+#   "cloudpickle==3.1.3", "docstring_parser==0.18.0", "Farama-Notifications==0.0.6",
+#   "frozenlist==1.8.0", "gitdb==4.0.12", "gitignore_parser==0.1.13", "GitPython==3.2.1",
+#   "gymnasium==1.4.0", "h11==0.16.0", "httpcore2==2.16.2", "httptools==0.9.0", "httpx2==2.16.2",
+#   "idna==3.20", "jiter==0.19.0", "loguru==0.7.3", "markdown-it-py==4.3.0", "mdurl==0.1.2",
+#   "metagpt==0.8.2", "multidict==7.2.1", "numpy==2.4.6; python_version < '3.12'",
+#   "numpy==2.5.5; python_version >= '3.12'", "openai==3.57.0", "opentelemetry-api==1.45.2",
+#   "pillow==13.0.0", "propcache==0.5.4", "pydantic==2.14.4", "pydantic_core==2.50.5",
+#   "Pygments==2.21.0", "python-dotenv==1.2.4", "PyYAML==6.0.4", "redis==8.1.0",
+#   "regex==2026.11.19", "requests==2.34.2", "rich==15.0.0", "smmap==5.0.3", "sniffio==1.3.1",
+#   "starlette==1.10.0", "tenacity==9.2.1", "tiktoken==0.14.0", "tree-sitter==0.26.1",
+#   "tree-sitter-python==0.25.0", "truststore==0.10.5", "typing-inspection==0.4.5",
+#   "typing_extensions==4.16.0", "urllib3==2.8.0", "uvicorn==0.54.0", "uvloop==0.23.0",
+#   "watchfiles==1.3.0", "websockets==17.4", "yarl==1.25.1",
+# ]
+#
+# [[tool.uv.dependency-metadata]]
+# name = "metagpt"
+# version = "0.8.2"
+# requires-dist = []
+# ///
+
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - said before an import fails on an older Python
+    if __name__ != "__main__":
+        raise ImportError("streamer needs Python 3.11, 3.12 or 3.13")
+    sys.stderr.write(
+        f"streamer: needs Python 3.11, 3.12 or 3.13, not {sys.version.split()[0]}; type, with the "
+        "one that you have: python3.11 -m venv .venv && .venv/bin/pip install --no-deps "
+        "--ignore-requires-python -r requirements.txt && .venv/bin/python streamer.py\n"
+    )
+    sys.exit(2)
 
 import abc
 import argparse
@@ -48,12 +89,12 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import socket
 import sqlite3
 import stat
 import struct
-import sys
 import tempfile
 import textwrap
 import threading
@@ -87,32 +128,42 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_t
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
-import anyio
-import anyio.abc
-import anyio.lowlevel
-import anyio.to_thread
-import uvicorn
-from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders, QueryParams
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import (
-    FileResponse,
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    Response,
-    StreamingResponse,
-)
-from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.protocol import State
+LOCK = Path(__file__).resolve().with_name("requirements.txt")
+PIP_INSTALL = ("-m", "pip", "install", "--no-deps", "--ignore-requires-python", "-r")
+INSTALL = shlex.join((sys.executable, *PIP_INSTALL, str(LOCK)))
+
+try:
+    import anyio
+    import anyio.abc
+    import anyio.lowlevel
+    import anyio.to_thread
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.datastructures import MutableHeaders, QueryParams
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect, HTTPConnection, Request
+    from starlette.responses import (
+        FileResponse,
+        HTMLResponse,
+        JSONResponse,
+        PlainTextResponse,
+        Response,
+        StreamingResponse,
+    )
+    from starlette.routing import Route, WebSocketRoute
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.utils import ClientDisconnected
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+    from websockets.protocol import State
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"streamer: {missing}; type: {INSTALL}\n")
+    sys.exit(2)
 
 __all__ = ["EventType", "Run", "Settings", "create_app", "run_metagpt", "run_scripted", "serve"]
 
@@ -2837,6 +2888,8 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
         if _engine is None:
             try:
                 engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
+            except ModuleNotFoundError as error:
+                raise SettingsError(f"{error}; type: {INSTALL}") from error
             except ValueError as error:
                 raise SettingsError(refused_field(error)) from error
             _route_output(engine)
@@ -5803,6 +5856,8 @@ def create_app(
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
     warm_up = None
     if runner is run_metagpt:
+        if not _installed("metagpt"):
+            raise SettingsError(f"MetaGPT is not installed; type: {INSTALL}")
         check_git(os.environ)
         model_config(os.environ)
         warm_up = partial(warm_up_metagpt, settings)
@@ -6154,6 +6209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"streamer: {error}; type: {INSTALL}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -6185,12 +6243,23 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
             status = anyio.run(_run_here, supervisor, prompt, options, transcript)
             code = 0 if status is TaskStatus.SUCCEEDED else 1
             sys.stdout.flush()
-    except* KeyboardInterrupt:
-        code = 130
-    except* BrokenPipeError:  # `run … | head`: nobody reads any more, the flush at exit included
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, BrokenPipeError, BaseExceptionGroup) as error:
+        code = _exit_code_of(error)
     leave_threads(supervisor, code)
     return code
+
+
+def _exit_code_of(error: BaseException) -> int:
+    """What Ctrl-C and a closed pipe, alone or grouped, end the command with; raises anything else."""
+    group = BaseExceptionGroup("", [error])
+    others = group.split((KeyboardInterrupt, BrokenPipeError))[1]
+    if others is not None:
+        raise others
+    if group.subgroup(KeyboardInterrupt) is not None:
+        return 130
+    # `run … | head`: nobody reads any more, the flush at exit included
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 async def _run_here(
