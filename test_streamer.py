@@ -41,10 +41,11 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import types
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -589,9 +590,118 @@ def test_lock_is_complete(python: str, system: str) -> None:
     assert unmet == []
 
 
+@pytest.mark.main_path
 def test_lock_is_what_is_installed() -> None:
     """These tests run on the versions of the lock."""
     assert {name: importlib.metadata.version(name) for name in locked()} == locked()
+
+
+TESTING = {"iniconfig", "packaging", "pluggy", "pytest"}  # what only the tests need
+
+
+def test_lock_is_what_uv_installs() -> None:
+    """The script header of streamer.py has the lock's lines, but for what only the tests need."""
+    header = re.search(r"^# /// script\n(.*?)^# ///$", Path(SERVER).read_text(), re.DOTALL | re.MULTILINE)
+    assert header is not None
+    listed = tomllib.loads(re.sub("^# ?", "", header[1], flags=re.MULTILINE))["dependencies"]
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert [Requirement(line) for line in listed] == [pin for pin in pins if pin.name not in TESTING]
+
+
+def test_uv_runs_the_file_with_nothing_installed(tmp_path: Path) -> None:
+    """`uv run streamer.py run "…" --test-mode` installs what it needs and plays the scripted team."""
+    command = [needs("uv"), "run", "--quiet", "--python", sys.executable, SERVER, "run", "Build a todo app"]
+    options = ["--test-mode", "--no-implement", "--json"]
+    # It may have to download everything.
+    ended = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, timeout=20 * TIMEOUT)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["data"]["status"] == "SUCCEEDED"
+
+
+# Runs a program as if a Python had another version, or lacked packages.
+ELSEWHERE = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+version = {version}
+if version:
+    sys.version, sys.version_info = version, tuple(map(int, version.split(".")))
+sys.meta_path.insert(0, Missing())
+sys.stdout.isatty = lambda: True
+sys.argv[0] = {server!r}
+runpy.run_path({server!r}, run_name="__main__")
+"""
+
+
+def elsewhere(missing: Collection[str] = (), version: str | None = None) -> str:
+    return ELSEWHERE.format(missing=set(missing) or "()", version=repr(version), server=SERVER)
+
+
+@pytest.mark.parametrize("version", ["3.8.18", "3.10.13"])
+def test_older_python_is_told_what_to_type(tmp_path: Path, version: str) -> None:
+    """It can read the file so far that it says one line, and exits with 2."""
+    ast.parse(Path(SERVER).read_text(), feature_version=(3, 8))
+    with process("-c", elsewhere(version=version), cwd=tmp_path) as command:
+        assert command.wait() == 2
+    (line,) = command.errors
+    assert line.startswith(f"streamer: needs Python 3.11, 3.12 or 3.13, not {version}; type, with the one")
+    assert "pip install --no-deps --ignore-requires-python -r requirements.txt" in line
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "problem"),
+    [
+        ("starlette", [], "No module named 'starlette'"),
+        ("httptools", [], "No module named 'httptools'"),
+        ("rich", ["run", "Build a todo app", "--test-mode"], "No module named 'rich'"),
+        ("redis", ["--test-mode", "--redis-url", "redis://127.0.0.1:1"], "No module named 'redis'"),
+        ("metagpt", [], "MetaGPT is not installed"),
+    ],
+)
+def test_missing_package_is_one_line(tmp_path: Path, package: str, arguments: list[str], problem: str) -> None:
+    """It says what to type, and exits with 2."""
+    environ = {"OPENAI_API_KEY": KEY}
+    with process("-c", elsewhere({package}), *arguments, cwd=tmp_path, environ=environ) as command:
+        assert command.wait() == 2
+    (line,) = command.errors
+    assert line.startswith(f"streamer: {problem}")
+    lock = HERE / "requirements.txt"
+    install = f"-m pip install --no-deps --ignore-requires-python -r {lock}".split()
+    assert shlex.split(line.partition("; type: ")[2])[1:] == install
+
+
+def test_runner_of_ones_own_needs_three_packages(tmp_path: Path) -> None:
+    """starlette, uvicorn[standard], anyio and what they need themselves: nothing else of the lock."""
+    needed = {"starlette", "uvicorn", "anyio"}
+    for name in itertools.chain.from_iterable(itertools.repeat(sorted(locked()), 5)):
+        extra = {"extra": "standard" if name == "uvicorn" else ""}
+        wanted = [Requirement(text) for text in (importlib.metadata.requires(name) or [] if name in needed else [])]
+        needed |= {str(canonicalize_name(one.name)) for one in wanted if not one.marker or one.marker.evaluate(extra)}
+    modules = importlib.metadata.packages_distributions()
+    others = [
+        module
+        for module, packages in modules.items()
+        if not needed & {str(canonicalize_name(package)) for package in packages}
+    ]
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {others}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import streamer
+streamer.logging.basicConfig(level="INFO")
+settings = streamer.Settings(port=0)
+streamer.serve(streamer.create_app(settings, runner=lambda run: {{"answer": 42}}), settings)
+"""
+    assert {"metagpt", "openai", "pydantic", "redis", "rich"} <= set(others)
+    with process("-c", code, cwd=tmp_path) as server:
+        record = server.client.watch(server.client.create())
+    assert record.last_state["final_result"] == {"answer": 42}
 
 
 # -----------------------------------------------------------------------------
@@ -1691,6 +1801,7 @@ def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
+@pytest.mark.main_path
 def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     """Test mode: the real team's roles, event types and states, labelled as a test everywhere."""
     task_id = scripted.create("Build a <b>todo</b> app", options={"run_tests": True})
@@ -2538,6 +2649,7 @@ def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
     assert "".join(text for _, text in emitted[1:]) == text_of_80_kb + "🎉"
 
 
+@pytest.mark.main_path
 def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Process]) -> None:
     """PRD, design, tasks, code and reviews, token by token, by the real engine; files, cost and progress reported."""
     client, model, server = metagpt
@@ -3123,6 +3235,64 @@ def test_metagpt_takes_its_own_configuration_file(tmp_path: Path) -> None:
         assert len(model.requests["file"]) == 1
         assert [path.name for path in folder.iterdir()] == ["config2.yaml"]
         assert (folder / "config2.yaml").read_text() == text
+
+
+@pytest.mark.main_path
+def test_metagpt_loads_what_is_used(tmp_path: Path) -> None:
+    """A vendor's SDK and what else the company does not use is imported for whoever asks for it."""
+    code = """
+import sys
+from pathlib import Path
+import streamer
+engine = streamer.load_metagpt(Path.cwd())
+unused = {"anthropic", "docx", "pandas", "nbclient", "metagpt.environment.werewolf", "metagpt.provider.ollama_api"}
+assert not unused & set(sys.modules), unused & set(sys.modules)
+import pydantic
+kinds = list(streamer._subclasses(pydantic.BaseModel))
+assert [kind for kind in kinds if kind.__module__[:7] == "metagpt" and not kind.__pydantic_complete__] == []
+
+from metagpt.configs.llm_config import LLMType
+providers = engine.LLM_REGISTRY.providers
+assert providers[LLMType.CLAUDE].__module__ == "metagpt.provider.anthropic_api"
+assert providers[LLMType("ollama.embed")].__name__ == "OllamaEmbed"
+assert sys.modules["metagpt.utils.token_counter"].anthropic.Client is sys.modules["anthropic"].Client
+try:
+    providers[LLMType.GEMINI]
+except ModuleNotFoundError as error:
+    assert error.name.partition(".")[0] == "google"
+
+import metagpt.actions
+from metagpt.actions import Action, UserRequirement, WritePRD
+from metagpt.environment import Environment
+from metagpt.provider import AnthropicLLM
+from metagpt.schema import Message
+from metagpt.team import Team
+assert WritePRD is engine.roles.product_manager.WritePRD
+assert not hasattr(metagpt.actions, "no_such_name")
+try:
+    from metagpt.actions import ActionType  # a list of all actions, with what they need
+except ModuleNotFoundError as error:
+    assert error.name == "bs4"
+"""
+    with process("-c", code, cwd=tmp_path, environ={"OPENAI_API_KEY": KEY}) as script:
+        assert script.wait() == 0, "".join(script.errors)
+
+
+def test_deferred_module_is_loaded_once_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever uses it first, in whatever thread, gets the real module, and so do all others."""
+    (tmp_path / "late_module.py").write_text("import threading\nTHREADS = threading.active_count()\nKEY = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    deferred = streamer._DeferredModule("late_module")
+    monkeypatch.setitem(sys.modules, "late_module", deferred)
+    barrier = threading.Barrier(16)
+
+    def use(_: int) -> object:
+        barrier.wait(TIMEOUT)
+        return deferred.KEY
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(pool.map(use, range(16)))) == 1
+    assert sys.modules["late_module"].KEY is deferred.KEY
 
 
 # -----------------------------------------------------------------------------
