@@ -373,7 +373,19 @@ sys.exit(streamer.main())
 BRISK = QUICK.replace("0.2", "1.0")
 
 
-MARKS = re.compile(r"\[(?:mark=\w+|task=[^\]\s]+|no usage)\]")
+DONE = b"data: [DONE]\n\n"
+USE_OTHER = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+def sse(*documents: Any) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(document).encode() for document in documents)
+
+
+def choice(delta: Any, finish_reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+MARKS = re.compile(r"\[(?:mark=\w+|task=[^\]\s]+|no usage|code=[^\]]+)\]")
 
 
 class ModelServer:
@@ -385,6 +397,7 @@ class ModelServer:
         # A client's address, one object for each connection → marks that came through it.
         self.connections: dict[int, tuple[Any, set[str]]] = {}
         self.usage: dict[str, Counter[str]] = defaultdict(Counter)
+        self.coded: Counter[str] = Counter()  # mark → requests for code
         self.asked = threading.Event()  # a [slow] prompt has come
         self.slow = threading.Event()  # until it is set, they are not answered
 
@@ -400,30 +413,95 @@ class ModelServer:
         if "[slow]" in prompt:
             self.asked.set()
             await asyncio.to_thread(self.slow.wait)
-        if refusal := self._refusal(prompt, turn):
+        refusal = self._refusal(body, prompt, turn)
+        if refusal is not None:
             return refusal
-        text = self._answer(body["messages"][-1]["content"], prompt, mark, turn)
+        last = body["messages"][-1]["content"]
+        text = self._answer(last, prompt, mark, turn)
+        fault = self._fault(last, prompt, mark)
+        if fault == "429":
+            return JSONResponse({"error": {"message": "slow down"}}, 429, {"retry-after-ms": "50"})
+        if fault == "huge":
+            text = f"```python\n{'x = 1  # ' * 9000}\n```"
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4, "total_tokens": 0}
         if "[no usage]" not in prompt:
             self.usage[mark].update(usage)
         head = {"id": "chat", "created": 1, "model": body["model"]}
         if not body.get("stream"):
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-            return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
-        return StreamingResponse(self._chunks(head, text, None if "[no usage]" in prompt else usage))
+            finish = fault if fault == "length" else "stop"
+            message = {"role": "assistant", "content": "" if fault == "empty" else text}
+            choices = [{"index": 0, "finish_reason": finish, "message": message}]
+            whole = {**head, "object": "chat.completion", "choices": choices, "usage": usage}
+            return JSONResponse(whole)
+        chunks = self._chunks(head, text, None if "[no usage]" in prompt else usage, fault)
+        return StreamingResponse(chunks)
 
-    async def _chunks(self, head: dict[str, Any], text: str, usage: Any) -> Any:
-        pieces = re.findall(r"\S+\s*|\s+", text)
-        for piece, last in [(piece, False) for piece in pieces] + [("", True)]:
+    async def _chunks(self, head: dict[str, Any], text: str, usage: Any, fault: str) -> Any:
+        head = {**head, "object": "chat.completion.chunk"}
+        pieces = [text] if fault == "huge" else re.findall(r"\S+\s*|\s+", text)
+        if fault == "empty":
+            pieces = []
+        elif fault not in ("", "huge"):
+            pieces = pieces[: len(pieces) // 2]
+        if fault == "thinks":
+            yield sse({**head, **choice({"reasoning_content": "Let me think."})})
+        for piece in pieces:
             if piece == "[pause]\n":
                 await asyncio.to_thread(self.slow.wait)
-            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": "stop" if last else None}
-            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-            yield f"data: {json.dumps({**chunk, **({'usage': usage} if last and usage else {})})}\n\n"
+            yield sse({**head, **choice({"content": piece})})
             await asyncio.sleep(0.001)
-        yield "data: [DONE]\n\n"
+        if fault == "silent":
+            await asyncio.Event().wait()
+        if fault == "error":
+            yield sse({"error": {"message": "the engine died", "type": "server_error"}})
+        if fault in ("cut", "error"):
+            return
+        finish = fault if fault in ("length", "content_filter") else "stop"
+        yield sse({**head, **choice({"content": ""}, finish), "usage": usage})
+        yield DONE
 
-    def _refusal(self, prompt: str, turn: int) -> Response | None:
+    def _fault(self, last: str, prompt: str, mark: str) -> str:
+        """What [code=…] asks for where code is asked for, `once` or always."""
+        found = re.search(r"\[code=(\w+)( once)?\]", prompt)
+        if found is None or "## format example" in last or "## Code Review Result" in last:
+            return ""
+        self.coded[mark] += 1
+        return "" if found[2] and self.coded[mark] > 1 else found[1]
+
+    async def anthropic(self, request: Request) -> Response:
+        """Anthropic's API; overloaded after a 200, then with thinking."""
+        body = await request.json()
+        prompt = body["messages"][-1]["content"]
+        mark = re.findall(r"\[mark=(\w+)\]", prompt)[0]
+        self.requests[mark].append(prompt)
+        text = self._answer(prompt, prompt, mark, 2)
+        error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        begun = {"type": "message_start", "message": {"usage": {"input_tokens": 7}}}
+        if len(self.requests[mark]) == 1:
+            return Response(sse(begun, error), media_type="text/event-stream")
+        ended = {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 5}}
+        deltas = [{"delta": {"thinking": "Let me think."}}, {"delta": {"text": text}}]
+        return Response(sse(begun, *deltas, ended), media_type="text/event-stream")
+
+    async def ollama(self, request: Request) -> Response:
+        """Ollama's API; an error in the first answer, then with thinking."""
+        body = await request.json()
+        prompt = body["messages"][-1]["content"]
+        mark = re.findall(r"\[mark=(\w+)\]", prompt)[0]
+        self.requests[mark].append(prompt)
+        text = self._answer(prompt, prompt, mark, 2)
+        lines: list[dict[str, Any]] = [{"message": {"content": "", "thinking": "Let me think."}}]
+        lines += [{"message": {"content": text}}]
+        lines += [{"done": True, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 5}]
+        if len(self.requests[mark]) == 1:
+            lines = [{"error": "CUDA error"}]
+        return Response("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _refusal(self, body: dict[str, Any], prompt: str, turn: int) -> Response | None:
+        if body["model"] == "gpt-5":  # OpenAI's rules for its models that think
+            for name, text in (("max_tokens", USE_OTHER), ("temperature", "only 1 is supported")):
+                if name in body:
+                    return JSONResponse({"error": {"message": text, "param": name}}, 400)
         if "[503 once]" in prompt and turn == 1:
             return JSONResponse({"error": {"message": "overloaded"}}, 503, {"Retry-After": "1"})
         for status, code in ((401, "invalid_api_key"), (404, "model_not_found")):
@@ -457,7 +535,12 @@ class ModelServer:
 @contextlib.contextmanager
 def model_server() -> Iterator[tuple[ModelServer, str]]:
     model = ModelServer()
-    app = Starlette(routes=[Route("/v1/chat/completions", model.chat, methods=["POST"])])
+    routes = [
+        Route("/v1/chat/completions", model.chat, methods=["POST"]),
+        Route("/v1/messages", model.anthropic, methods=["POST"]),
+        Route("/api/chat", model.ollama, methods=["POST"]),
+    ]
+    app = Starlette(routes=routes)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, timeout_keep_alive=int(TIMEOUT))
     with serving(uvicorn.Server(config), loopback()) as url:
         try:
@@ -2422,11 +2505,6 @@ def test_model_requests_go_to_their_own_vendor_through_llm_proxy(tmp_path: Path)
     assert KEY not in "".join(heads)
 
 
-def sse(*documents: Any) -> bytes:
-    return b"".join(b"data: %s\n\n" % json.dumps(document).encode() for document in documents)
-
-
-DONE = b"data: [DONE]\n\n"
 BODIES: list[tuple[bytes, list[Any]]] = [
     (sse({"a": 1}, {"b": "é"}) + DONE, [{"a": 1}, {"b": "é"}, None]),
     (b'\xef\xbb\xbfdata: {"a": 1}\r\n\r\ndata:{"b": 2}\r\n\r\n', [{"a": 1}, {"b": 2}]),
@@ -2474,10 +2552,6 @@ def test_body_reader_raises_what_is_no_answer(
     with pytest.raises(kind) as caught:
         list(itertools.chain(reader.feed(body), reader.end()))
     assert str(caught.value).startswith(text)
-
-
-def choice(delta: Any, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more}
 
 
 COUNTS = {"prompt_tokens": 7, "completion_tokens": 5}
@@ -2539,7 +2613,6 @@ def request_form(**configured: Any) -> Any:
 
 ASKS = {"model": "m", "max_tokens": 4096, "temperature": 0.0, "stream_options": {}}
 RENAMED = {"model": "m", "max_completion_tokens": 32768, "temperature": 0.0, "stream_options": {}}
-USE_OTHER = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
 # What the server says, the error's param; the arguments that are sent then.
 REFUSALS: list[tuple[str, str | None, dict[str, Any]]] = [
     (USE_OTHER, "max_tokens", RENAMED),
@@ -2688,6 +2761,97 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     assert server.output == b""
     others = [line for line in server.errors if " INFO streamer " not in line]
     assert [line for line in others if not line.startswith("streamer is at http://")] == []
+
+
+# A server of several models; [llm=…] in a prompt names the task's.
+SEVERAL_MODELS = """
+import json, re, sys, types, streamer
+models = json.loads(sys.argv[1])
+class Team(streamer._Team):
+    def __init__(self, engine, run):
+        config = engine.config.model_copy(deep=True)
+        config.llm = type(config.llm)(**models[re.search(r"\\[llm=([\\w-]+)\\]", run.prompt)[1]])
+        super().__init__(types.SimpleNamespace(**{**vars(engine), "config": config}), run)
+streamer._Team = Team
+settings = streamer.Settings(port=0, max_running=12, model_timeout=4.0)
+streamer.serve(streamer.create_app(settings), settings)
+"""
+WITHHELD = r"the model's answer was withheld \(content_filter\): another prompt or llm.model may pass"
+# model, mark, status; what a LOG says, or the reason; requests for code
+ANSWERS: list[tuple[str, str, str, str, int]] = [
+    ("gpt-4o", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
+    ("gpt-4o", "[code=cut once]", "SUCCEEDED", r"broke off without a finish reason \(attempt 1", 2),
+    ("gpt-4o", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\) \(attempt 1 of 3", 2),
+    ("gpt-4o", "[code=error once]", "SUCCEEDED", r"answered 500: the engine died \(attempt 1", 2),
+    ("gpt-4o", "[code=429 once]", "SUCCEEDED", r"slow down \(attempt 1 of 7, the next in 0.05 s\)", 2),
+    ("gpt-4o", "[code=silent once]", "SUCCEEDED", "said nothing for 4 s, the setting model_timeout", 2),
+    ("gpt-4o", "[code=huge]", "SUCCEEDED", "", 1),
+    ("gpt-4o", "[code=thinks]", "SUCCEEDED", "", 1),
+    ("gpt-4o", "[code=length]", "FAILED", "in WriteCode: .* cut at llm.max_token=65536: a larger", 3),
+    ("gpt-4o", "[code=cut]", "FAILED", r"in WriteCode: .* broke off .* \(attempt 3 of 3\)", 3),
+    ("gpt-4o", "[code=content_filter]", "FAILED", f"in WriteCode: {WITHHELD}", 1),
+    ("limited", "[code=length]", "FAILED", "in WriteCode: .* cut at llm.max_token=16384: a larger", 1),
+    ("whole", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\) \(attempt 1 of 3", 2),
+    ("whole", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
+    ("gpt-5", "", "SUCCEEDED", "does not take temperature: it is left out", 0),
+    ("anthropic", "", "SUCCEEDED", r"answered 529: Overloaded \(attempt 1 of 7, the next in 1 s\)", 0),
+    ("ollama", "", "SUCCEEDED", r"answered 500: CUDA error \(attempt 1 of 7, the next in 1 s\)", 0),
+]
+
+
+def test_metagpt_takes_whole_answers_only(tmp_path: Path) -> None:
+    """Broken, cut, empty, silent and refused: tried again where that helps, else the setting is named."""
+    with model_server() as (model, url):
+        openai = {"api_type": "openai", "api_key": KEY, "base_url": url, "model": "gpt-4o"}
+        server_url = url.removesuffix("/v1")
+        models = {
+            "gpt-4o": openai,
+            "gpt-5": {**openai, "model": "gpt-5"},
+            "limited": {**openai, "max_token": 16384},
+            "whole": {**openai, "stream": False},
+            "anthropic": {**openai, "api_type": "anthropic", "base_url": server_url},
+            "ollama": {**openai, "api_type": "ollama", "base_url": f"{server_url}/api"},
+        }
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
+        command = ("-c", SEVERAL_MODELS, json.dumps(models))
+        with process(*command, cwd=tmp_path, environ=environ) as server:
+
+            def run(number: int) -> Watcher:
+                name, mark, _, _, _ = ANSWERS[number]
+                prompt = f"[mark=answer{number}] [task=main.py] [llm={name}] {mark}"
+                options = {"code_review": False, "implement": name not in ("anthropic", "ollama")}
+                return server.client.watch(server.client.create(prompt, options=options))
+
+            with ThreadPoolExecutor(len(ANSWERS)) as pool:
+                records = list(pool.map(run, range(len(ANSWERS))))
+            assert [line for line in server.errors if "Traceback" in line or "never" in line] == []
+    for number, (name, mark, status, text, coded) in enumerate(ANSWERS):
+        record = records[number]
+        assert record.last_state["status"] == status, (name, mark, record.last_state)
+        logs = [event["payload"]["message"] for event in record.of("LOG")]
+        said = record.last_state["error_message"] or "\n".join(logs)
+        assert re.search(text, said), (name, mark, said)
+        assert model.coded[f"answer{number}"] == coded, (name, mark)
+    calls = spoken(records[6], "TOKEN")
+    assert f"```python\n{'x = 1  # ' * 9000}\n```" in calls.values()
+    for number in (7, 15, 16):
+        assert set(spoken(records[number], "REASONING").values()) == {"Let me think."}
+        assert "Let me think." not in "".join(spoken(records[number], "TOKEN").values())
+    limits = [json.loads(body)["max_tokens"] for body in model.bodies["answer0"]]
+    assert limits == [4096, 4096, 4096, 4096, 16384]
+    thinking = [json.loads(body) for body in model.bodies["answer14"]]
+    assert [body.get("max_completion_tokens") for body in thinking[:3]] == [None, 32768, 32768]
+    assert ["temperature" in body for body in thinking[:3]] == [True, True, False]
+    waits = [state["waiting_on"] for state in records[5].data("state") if "waiting_on" in state]
+    assert any(wait["action"] == "WriteCode" and wait["seconds"] >= 1 for wait in waits)
+
+
+def spoken(record: Watcher, kind: str) -> dict[str, str]:
+    """call_id → what was said in it."""
+    calls: dict[str, str] = defaultdict(str)
+    for event in record.of(kind):
+        calls[event["payload"]["call_id"]] += event["payload"]["message"]
+    return calls
 
 
 def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelServer, Process]) -> None:
