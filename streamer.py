@@ -5843,6 +5843,19 @@ class Guard:
             await error_response(error)(scope, receive, send)
 
 
+def _middleware(settings: Settings) -> list[Middleware]:
+    guard = Middleware(Guard)
+    if not settings.allowed_origins:
+        return [guard]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+    )
+    return [cors, guard]
+
+
 def create_app(
     settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None
 ) -> Starlette:
@@ -5873,20 +5886,11 @@ def create_app(
         async with supervisor.open():
             yield
 
-    middleware = [Middleware(Guard)]
-    if settings.allowed_origins:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-        )
-        middleware.insert(0, cors)
     app = Starlette(
         routes=ROUTES,
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_fault},
         lifespan=lifespan,
-        middleware=middleware,
+        middleware=_middleware(settings),
     )
     app.router.redirect_slashes = False  # a redirect would repeat the token
     app.state.supervisor = supervisor

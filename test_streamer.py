@@ -249,9 +249,14 @@ def read_to_end(sock: socket.socket) -> bytes:
     return bytes(received)
 
 
-def receive_until(websocket: ClientConnection, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def receive_until(
+    websocket: ClientConnection, wanted: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """The next message that fits."""
+    end = time.monotonic() + 4 * TIMEOUT  # states come in between, as often as the heart beats
     while True:
-        message: dict[str, Any] = json.loads(websocket.recv(timeout=TIMEOUT))
+        left = min(TIMEOUT, end - time.monotonic())
+        message: dict[str, Any] = json.loads(websocket.recv(timeout=left))
         if wanted(message):
             return message
 
@@ -946,7 +951,7 @@ def test_costs_add_up_and_are_shown() -> None:
 # -----------------------------------------------------------------------------
 
 
-def draft(number: int, kind: EventType = EventType.LOG) -> streamer.Draft:
+def make_draft(number: int, kind: EventType = EventType.LOG) -> streamer.Draft:
     return streamer.Draft(kind, None, streamer.now(), f"m{number}", f'{{"message":"m{number}"}}')
 
 
@@ -1022,7 +1027,7 @@ def named(task_id: str, status: TaskStatus = TaskStatus.PENDING) -> streamer.Tas
 
 
 def numbered(first: int, count: int, task_id: str = "a") -> list[streamer.Event]:
-    return [draft(number).numbered(number, task_id) for number in range(first, first + count)]
+    return [make_draft(number).numbered(number, task_id) for number in range(first, first + count)]
 
 
 async def claimed(store: streamer.Store, task_id: str) -> streamer.Claim:
@@ -1745,7 +1750,7 @@ async def test_broker_replay_meets_live_without_a_seam(buffer: int) -> None:
         for batch in range(10):
             group.start_soon(client, batch * 7)
             for number in range(7):
-                await broker.publish([draft(number)])
+                await broker.publish([make_draft(number)])
             await anyio.lowlevel.checkpoint()
         await end_task(broker)
     assert found == {after: list(range(after + 1, 71)) for after in range(0, 70, 7)}
@@ -1757,7 +1762,7 @@ async def test_broker_feeds_a_slow_client_from_the_log() -> None:
     broker = await new_broker(subscriber_buffer=4)
     slow = broker.subscribe()
     for number in range(1000):
-        await broker.publish([draft(number)])
+        await broker.publish([make_draft(number)])
     assert slow._receive.statistics().current_buffer_used <= 5
     await end_task(broker)
     assert await collect(slow) == list(range(1, 1001))
@@ -1780,7 +1785,7 @@ async def test_broker_hands_over_once_what_the_log_has_already() -> None:
     broker = await new_broker(HeldStore)
     store = broker.store
     assert isinstance(store, HeldStore)
-    await broker.publish([draft(number) for number in range(10)])
+    await broker.publish([make_draft(number) for number in range(10)])
     store.held = anyio.Event()
     found: list[int] = []
     subscription = broker.subscribe(5)
@@ -1789,7 +1794,7 @@ async def test_broker_hands_over_once_what_the_log_has_already() -> None:
         found.extend(await collect(subscription))
 
     async with anyio.create_task_group() as group:
-        group.start_soon(broker.publish, [draft(10)])
+        group.start_soon(broker.publish, [make_draft(10)])
         await anyio.wait_all_tasks_blocked()
         group.start_soon(client)
         await anyio.wait_all_tasks_blocked()
@@ -1825,7 +1830,7 @@ async def test_broker_tells_a_client_that_retention_overtook_it() -> None:
     broker = await new_broker(max_events=10, subscriber_buffer=1)
     slow = broker.subscribe()
     for number in range(100):
-        await broker.publish([draft(number)])
+        await broker.publish([make_draft(number)])
     with pytest.raises(streamer.SlowClient, match=r"events 2 to 90 were dropped .* after=1"):
         await collect(slow)
 
@@ -1835,8 +1840,8 @@ async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     """State comes first, after events that changed it, and terminal last."""
     broker = await new_broker()
     subscription = broker.subscribe()
-    await broker.publish([draft(1, EventType.AGENT_START)], progress=0.5)
-    await broker.publish([draft(2, EventType.TASK_COMPLETE)], progress=0.2)
+    await broker.publish([make_draft(1, EventType.AGENT_START)], progress=0.5)
+    await broker.publish([make_draft(2, EventType.TASK_COMPLETE)], progress=0.2)
     await end_task(broker, TaskStatus.SUCCEEDED)
     seen = []
     async for delivery in subscription:
@@ -3789,7 +3794,7 @@ async def test_deleted_task_ends_a_client_amid_its_replay() -> None:
     """A client that lags when its log goes is told so, at once."""
     broker = await new_broker(subscriber_buffer=1)
     for number in range(3000):
-        await broker.publish([draft(number)])
+        await broker.publish([make_draft(number)])
     subscription = broker.subscribe()
     deliveries: Any = aiter(subscription)
     await anext(deliveries)
@@ -3964,12 +3969,12 @@ def test_fault_the_loop_closes_under_a_worker(tmp_path: Path) -> None:
     """anyio PR 1245. A thread that outlives the loop can emit, is not heard, and does not fail."""
     run = Run(make_task(), Settings(workspace=tmp_path))
 
-    async def watch() -> None:
+    async def attach() -> None:
         loop = asyncio.get_running_loop()
         run.outbox.attach(partial(loop.call_soon_threadsafe, bool))
         assert run.outbox.take() == []
 
-    asyncio.run(watch())
+    asyncio.run(attach())
     run.emit("LOG", {"message": "nobody is left"})
     run.update(progress=0.5)
 
@@ -4102,7 +4107,7 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
                     batch = range(len(published), len(published) + chance.randrange(1, 12))
                     kinds = [EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG for number in batch]
                     published.extend(batch)
-                    await broker.publish([draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
+                    await broker.publish([make_draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
         await end_task(broker)
     assert checked == clients
     assert broker.subscriptions == set()
@@ -5241,12 +5246,13 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
     with caplog.at_level("INFO", "streamer"), live(runner, tmp_path) as client:
         record = client.watch(client.create(forged, title=forged))
         assert record.ids == [1, 2, 3, 4]
-        sse = client.http.get(
-            f"/api/tasks/{record.events[0]['task_id']}/events",
-            headers={"Accept": "text/event-stream"},
-        )
-        assert [line for line in sse.text.splitlines() if line.startswith("id: ")] == [
-            f"id: {n}" for n in range(1, 5)
+        path = f"/api/tasks/{record.task_id}/events"
+        lines = client.http.get(path, headers={"Accept": "text/event-stream"}).text.splitlines()
+        assert [line for line in lines if line.startswith("id: ")] == [
+            "id: 1",
+            "id: 2",
+            "id: 3",
+            "id: 4",
         ]
         for message in record.messages:
             transcript.show(message)
