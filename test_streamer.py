@@ -1410,8 +1410,11 @@ def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
     """Seen by a user who is not root, whom no permission stops."""
     code = "import os, sys, streamer; os.getuid() or os.setuid(65534); sys.exit(streamer.main(sys.argv[1:]))"
     tmp_path.chmod(0o555)
-    with process("-c", code, "--test-mode", "--port", "0", "--db", str(tmp_path / "x.db"), cwd=Path("/")) as server:
-        assert server.wait() == 2
+    with tempfile.TemporaryDirectory() as workspace:  # that the other user reaches
+        Path(workspace).chmod(0o777)
+        command = ["--test-mode", "--db", str(tmp_path / "x.db"), "--workspace", workspace]
+        with process("-c", code, *command, cwd=Path("/")) as server:
+            assert server.wait() == 2
     tmp_path.chmod(0o755)
     assert "unable to open database file; its folder must exist and be writable" in server.errors[-1]
 
