@@ -4838,7 +4838,7 @@ class Supervisor:
         self._totals: Counter[str] = Counter(
             dict.fromkeys(("events", "deliveries", "clients", "slow_clients", *COSTS.values()), 0)
         )
-        self._engine = Engine(settings, runner, warm_up, secrets)
+        self.engine = Engine(settings, runner, warm_up, secrets)
         self._brokers = Brokers(store, settings)
         self._active: dict[str, Execution] = {}
         self._untold: dict[str, str] = {}  # how a run ended, where that could not be stored
@@ -4856,7 +4856,7 @@ class Supervisor:
         if self._closing:
             raise RuntimeError("this application has been closed; create_app makes another")
         async with self.store.opened(self._on_store), anyio.create_task_group() as self._group:
-            self._group.start_soon(self._engine.load)
+            self._group.start_soon(self.engine.load)
             self._group.start_soon(self._sweep)
             try:
                 yield
@@ -4919,18 +4919,6 @@ class Supervisor:
                 await self._execute(self._activate(broker), outcome)
 
     @property
-    def mode(self) -> str:
-        return self._engine.mode
-
-    @property
-    def engine(self) -> str:
-        return self._engine.status
-
-    @property
-    def engine_error(self) -> str | None:
-        return self._engine.error
-
-    @property
     def running(self) -> int:
         return sum(execution.running for execution in self._active.values())
 
@@ -4960,7 +4948,8 @@ class Supervisor:
         """
         self._refuse_if_closing()
         task_id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_OID, key).hex
-        task = Task(id=task_id, title=title, input_prompt=prompt, mode=self.mode, options=options)
+        mode = self.engine.mode
+        task = Task(id=task_id, title=title, input_prompt=prompt, mode=mode, options=options)
         try:
             forgotten = await self.store.create(task)
         except TaskExists:
@@ -5123,7 +5112,7 @@ class Supervisor:
             raise ServerClosing("the server is shutting down; try again when it is back")
 
     def _activate(self, broker: Broker) -> Execution:
-        execution = Execution(broker, self._engine)
+        execution = Execution(broker, self.engine)
         self._active[broker.task.id] = execution
         self._untold.pop(broker.task.id, None)
         return execution
@@ -5527,12 +5516,12 @@ async def _count(store: Store) -> Mapping[TaskStatus, int]:
 async def get_health(request: Request) -> Response:
     supervisor = _supervisor(request)
     tasks = await _count(supervisor.store)
-    healthy = not supervisor.engine_error and not supervisor.store.error
+    healthy = not supervisor.engine.error and not supervisor.store.error
     answer = {
         "status": "ok" if healthy else "error",
-        "mode": supervisor.mode,
+        "mode": supervisor.engine.mode,
         "store": supervisor.store.error or "ok",
-        "engine": supervisor.engine,
+        "engine": supervisor.engine.status,
         "running": supervisor.running,
         "waiting": supervisor.waiting,
         "clients": supervisor.clients,
@@ -6055,7 +6044,7 @@ class Server(uvicorn.Server):
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         if self.supervisor.settings.token:
             address += "/?token=…"
-        mode = " in test mode, a scripted team" if self.supervisor.mode == "test" else ""
+        mode = " in test mode, a scripted team" if self.supervisor.engine.mode == "test" else ""
         print(f"streamer is at {address}{mode}; Ctrl-C stops it", file=sys.stderr, flush=True)
 
 
@@ -6085,7 +6074,7 @@ def leave_threads(supervisor: Supervisor, code: int) -> None:
 
     That is an abandoned run, or MetaGPT's import.
     """
-    if supervisor.abandoned or supervisor.engine == "loading":
+    if supervisor.abandoned or supervisor.engine.status == "loading":
         logging.shutdown()
         sys.stdout.flush()
         os._exit(code)

@@ -1394,6 +1394,12 @@ def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b"no database" * 1000), "file is not a database; it is another kind of file"),
         (lambda path: path.mkdir(), "unable to open database file; its folder must exist and be writable"),
         (lambda path: sqlite3.connect(path).executescript("PRAGMA user_version = 7"), "schema version 7, and this"),
+        (
+            lambda path: sqlite3.connect(path).executescript(
+                streamer.SqliteStore.SCHEMA + "INSERT INTO tasks VALUES (1, 'a', 'PENDING', '', '{}', '{}')"
+            ),
+            "a task cannot be read, perhaps another version of streamer wrote it",
+        ),
         (lambda path: path.with_name("gone").mkdir(), None),
     ],
 )
@@ -1417,6 +1423,19 @@ def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
             assert server.wait() == 2
     tmp_path.chmod(0o755)
     assert "unable to open database file; its folder must exist and be writable" in server.errors[-1]
+
+
+@pytest.mark.anyio
+async def test_sqlite_log_that_was_cut_stays_cut(tmp_path: Path) -> None:
+    """A server that keeps more events than the one before knows where the log begins."""
+    path = str(tmp_path / "streamer.db")
+    async with opened(db=path, max_events=10) as store:
+        await store.create(named("a"))
+        claim = await claimed(store, "a")
+        await claim.write(streamer.TaskState(task_id="a", last_event_id=70), numbered(1, 70))
+    async with opened(db=path, max_events=1000) as store:
+        assert (await store.load("a")).first_event_id == 61
+        assert (await claimed(store, "a")).record.first_event_id == 61
 
 
 def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
@@ -1617,10 +1636,12 @@ def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisSe
         assert redis_server("KEYS", f"*{task_id}*") == []
 
 
-@pytest.mark.parametrize("away", [0.5, 5.0])
-def test_redis_goes_away_and_comes_back(tmp_path: Path, redis_server: RedisServer, away: float) -> None:
-    """Shorter than the lease the run goes on, longer ends it; the clients keep their sockets, or hear why not."""
-    with replicas(2, redis_server, tmp_path) as (first, second):
+@pytest.mark.parametrize("lease", [60, 1])
+def test_redis_goes_away_and_comes_back(
+    tmp_path: Path, redis_server: RedisServer, lease: int
+) -> None:
+    """Within the lease the run goes on; beyond it the run ends, and its clients hear why."""
+    with replicas(2, redis_server, tmp_path, lease=lease) as (first, second):
         task_id = first.client.create("0.001")
         own = first.client.follow(task_id)
         own.sees()
@@ -1628,29 +1649,95 @@ def test_redis_goes_away_and_comes_back(tmp_path: Path, redis_server: RedisServe
         other.sees()
         redis_server.kill()
         try:
-            said = own.until(lambda state: "cannot be reached" in (state["error_message"] or ""))
-            assert said["status"] == "RUNNING"
-            assert own.lives(away) == (away < 1)
+            shown = own.until(lambda state: "cannot be reached" in (state["error_message"] or ""))
+            assert shown["status"] == "RUNNING"
+            if lease == 1:
+                own.join()
             health = first.client.http.get("/healthz")
             assert (health.status_code, health.json()["status"]) == (503, "error")
         finally:
             redis_server.start()
-        if away < 1:
+        if lease == 60:
             own.sees(len(own.events) + 100)
             assert second.client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             log = own.join()
             assert (log, own.close_code) == (other.join(), 1000)
             assert own.states[-1]["error_message"] is None
         else:
-            own.join()
             assert own.close_code == 1013
-            assert "the run was stopped: the Redis at redis://127.0.0.1" in own.messages[-1]["data"]["message"]
+            reason = own.messages[-1]["data"]["message"]
+            assert reason.startswith("the run was stopped: the Redis at redis://127.0.0.1")
             assert settled(second.client, task_id)["status"] == "FAILED"
             log = other.join()
             assert log[: len(own.events)] == own.events
         whole = whole_log(second.client, task_id)
         assert log == whole[: len(log)]
         assert [event["event_id"] for event in whole] == list(range(1, len(whole) + 1))
+
+
+@pytest.mark.anyio
+async def test_redis_cancel_is_what_the_holder_answers(redis_server: RedisServer) -> None:
+    """True once the holder does it, told until then; False where the run ended before, or nobody has it."""
+    redis_server("FLUSHALL")
+    shared: dict[str, Any] = {"redis_url": redis_server.url, "lease": 1.0}
+    async with opened(**shared) as holder, opened(**shared) as other:
+        for name in "ab":
+            await holder.create(named(name))
+        assert await other.cancel("a") is False
+        claim = await claimed(holder, "a")
+        told: list[streamer.ClaimMessage] = []
+
+        def listener(message: streamer.ClaimMessage) -> bool:
+            told.append(message)
+            return len(told) == 2
+
+        claim.listen(listener)
+        ending = await start_stored(holder, "b")
+        ending.listen(lambda message: False)
+        found: dict[str, bool] = {}
+
+        async def cancel(task_id: str) -> None:
+            found[task_id] = await other.cancel(task_id)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(cancel, "a")
+            group.start_soon(cancel, "b")
+            with anyio.fail_after(TIMEOUT):
+                while len(told) < 2:
+                    await holder.pause(0.1)
+                    await holder.sweep()
+            task, state, _ = await holder.load("b")
+            ended = dataclasses.replace(state, status=TaskStatus.SUCCEEDED)
+            await ending.write(ended, (), task.to(TaskStatus.SUCCEEDED))
+        assert found == {"a": True, "b": False}
+        assert told == [streamer.CancelAsked(), streamer.CancelAsked()]
+
+
+@pytest.mark.anyio
+async def test_redis_claim_of_a_replica_that_slept_is_lost(redis_server: RedisServer) -> None:
+    """Its holder is told at its next sweep, and writes nothing more."""
+    redis_server("FLUSHALL")
+    shared: dict[str, Any] = {"redis_url": redis_server.url, "lease": 0.5}
+    async with opened(**shared) as slept, opened(**shared) as other:
+        await slept.create(named("a"))
+        claim = await claimed(slept, "a")
+        told: list[streamer.ClaimMessage] = []
+
+        def listener(message: streamer.ClaimMessage) -> bool:
+            told.append(message)
+            return True
+
+        claim.listen(listener)
+        taken = None
+        with anyio.fail_after(TIMEOUT):
+            while taken is None:
+                await other.pause(0.05)
+                taken = await other.claim("a", {TaskStatus.PENDING})
+        await slept.sweep()
+        assert [type(message) for message in told] == [streamer.ClaimLost]
+        with pytest.raises(streamer.LeaseLost):
+            await claim.write(streamer.TaskState(task_id="a", last_event_id=1), numbered(1, 1))
+        await taken.write(streamer.TaskState(task_id="a", last_event_id=1), numbered(1, 1))
 
 
 def test_redis_that_is_absent_or_refuses_exits_2(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -3829,6 +3916,37 @@ def test_delete_stops_forgets_and_tells(tmp_path: Path) -> None:
         assert gate.started.wait(TIMEOUT)
         assert client.http.delete(f"/api/tasks/{running}").status_code == 204
         assert client.get("/api/tasks")["total"] == 0
+
+
+class CountingStore(streamer.MemoryStore):
+    """Writes down what is asked of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.asked: list[str] = []
+
+    async def load(self, task_id: str) -> streamer.Record:
+        self.asked.append("load")
+        return await super().load(task_id)
+
+    async def claim(self, *args: Any) -> streamer.Claim | None:
+        before = [*self.asked, "claim"]
+        claim = await super().claim(*args)
+        self.asked = before  # without its own way to do it
+        return claim
+
+
+def test_connecting_to_a_pending_task_costs_one_load_and_a_claim(tmp_path: Path) -> None:
+    settings = Settings(workspace=tmp_path, test_mode=True)
+    store = CountingStore(settings)
+    app = create_app(settings, runner=burst(1), store=store)
+    with serving(streamer.Server(app, settings), loopback()) as url:
+        client = Client(url)
+        with client.http:
+            task_id = client.create()
+            store.asked.clear()
+            assert client.watch(task_id).last_state["status"] == "SUCCEEDED"
+    assert store.asked == ["load", "claim"]
 
 
 def test_limits_of_tasks_and_clients(tmp_path: Path) -> None:
