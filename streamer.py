@@ -512,12 +512,10 @@ def text_frame(message: str) -> bytes:
     payload = message.encode()
     size = len(payload)
     if size < 126:
-        head = struct.pack("!BB", 0x81, size)
-    elif size < 65536:
-        head = struct.pack("!BBH", 0x81, 126, size)
-    else:
-        head = struct.pack("!BBQ", 0x81, 127, size)
-    return head + payload
+        return struct.pack("!BB", 0x81, size) + payload
+    if size < 65536:
+        return struct.pack("!BBH", 0x81, 126, size) + payload
+    return struct.pack("!BBQ", 0x81, 127, size) + payload
 
 
 class Event(NamedTuple):
@@ -535,13 +533,21 @@ class Event(NamedTuple):
 class Batch(tuple[Event, ...]):
     """Events in a row; what is sent of them is made once for all clients that are handed them."""
 
-    @functools.cached_property
-    def frames(self) -> bytes:
-        return b"".join([text_frame(event.message) for event in self])
+    _frames: bytes | None = None
+    _server_sent: str | None = None
 
-    @functools.cached_property
+    @property
+    def frames(self) -> bytes:
+        if self._frames is None:
+            self._frames = b"".join([text_frame(event.message) for event in self])
+        return self._frames
+
+    @property
     def server_sent(self) -> str:
-        return "".join([f"id: {event.id}\ndata: {event.message}\n\n" for event in self])
+        if self._server_sent is None:
+            texts = [f"id: {event.id}\ndata: {event.message}\n\n" for event in self]
+            self._server_sent = "".join(texts)
+        return self._server_sent
 
 
 class Draft(NamedTuple):
@@ -1061,7 +1067,7 @@ class MemoryStore(Store):
         super().__init__(settings)
         self._records: dict[str, Record] = {}
         self._logs: dict[str, list[Event]] = defaultdict(list)
-        self._changing = anyio.Lock(fast_acquire=True)
+        self._changing = asyncio.Lock()
 
     async def create(self, task: Task) -> Sequence[str]:
         async with self._changing:
@@ -1843,14 +1849,13 @@ def open_store(settings: Settings) -> Store:
 # -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """What a client is sent next: events, then the state where it changed."""
 
     events: Batch
     state: str | None
 
-    @functools.cached_property
+    @property
     def frames(self) -> bytes:
         return self.events.frames + (text_frame(self.state) if self.state else b"")
 
@@ -1864,6 +1869,17 @@ class Delivery:
 
 
 NO_EVENTS = Batch()
+
+
+class News(NamedTuple):
+    """What a broker hands over to its subscriptions."""
+
+    events: Batch
+    frames: bytes  # of the events, and of the state where that changed
+    after: int  # the event before it
+    newest: int  # its last event
+    state_version: int
+    at: float  # the loop's time
 
 
 class Broker:
@@ -2003,10 +2019,13 @@ class Broker:
             self.claim = None  # which ended with the status
         if changed:
             self.state_version += 1
-        if events or changed:
-            delivery = Delivery(events, self.state_message() if changed else None)
+        if self.subscriptions and (events or changed):
+            newest = state.last_event_id
+            after = newest - len(events)
+            frames = Delivery(events, self.state_message() if changed else None).frames
+            news = News(events, frames, after, newest, self.state_version, self._loop.time())
             for subscription in self.subscriptions:
-                subscription.offer(delivery)
+                subscription.offer(news)
         if self.ended:
             self._wake_all()
 
@@ -2092,17 +2111,18 @@ class Subscription:
         if self.types is None:
             self._write = write
 
-    def offer(self, news: Delivery) -> None:
+    def offer(self, news: News) -> None:
         """Hands over, without waiting, what the client has room for."""
         events = news.events
-        newest = self.broker.state.last_event_id
-        follows = self._waiting and self.cursor + len(events) == newest
-        if follows and self._write and self._write(news.frames):
-            self.cursor = newest
-            self._sent(events, self.broker.state_version)
+        waits_for_it = self._waiting and self.cursor == news.after
+        if waits_for_it and self._write is not None and self._write(news.frames):
+            self.cursor = news.newest
+            self.delivered += len(events)
+            self._state_version_sent = news.state_version
+            self._last_sent = news.at
         elif self._waiting:
             self.wake(events)
-        elif events and newest - self.cursor <= self.broker.settings.subscriber_buffer:
+        elif events and news.newest - self.cursor <= self.broker.settings.subscriber_buffer:
             with contextlib.suppress(anyio.WouldBlock):
                 self._send.send_nowait(events)
 
@@ -2158,17 +2178,12 @@ class Subscription:
         state = None
         if fresh or (caught_up and self._state_version_sent != broker.state_version):
             state = broker.state_message(fresh)
+            # One that has not caught up is sent it once more when it has.
+            self._state_version_sent = broker.state_version if caught_up else -1
         if events or state:
-            version = self._state_version_sent
-            if state:  # a client that has not caught up is sent it once more when it has
-                version = broker.state_version if caught_up else -1
-            self._sent(events, version)
+            self.delivered += len(events)
+            self._last_sent = self._loop.time()
         return Delivery(events, state)
-
-    def _sent(self, events: Batch, state_version: int) -> None:
-        self.delivered += len(events)
-        self._state_version_sent = state_version
-        self._last_sent = self._loop.time()
 
     def _handed_over(self) -> Batch:
         """The next batch, where it follows the cursor; what the log gave already is passed over."""
