@@ -594,7 +594,7 @@ def encode_payload(
     except BaseException:  # what is no plain JSON may run somebody's code
         plain = False
     if not plain:
-        fitted = fit(payload, secrets=secrets)
+        fitted = jsonable(payload, secrets=secrets)
         payload = fitted if isinstance(fitted, dict) else {"message": fitted}
         text = encode(payload)
         size = len(text.encode())
@@ -602,7 +602,7 @@ def encode_payload(
         return text
     kept = list({"message": payload.get("message", ""), **payload}.items())[:20]
     for longest in (max_bytes // 4, max_bytes // 32):  # a character has 4 bytes; many keys
-        cut = {key: fit(value, longest) for key, value in kept}
+        cut = {key: jsonable(value, longest) for key, value in kept}
         text = encode({**cut, "truncated": True, "original_bytes": size})
         if len(text.encode()) <= max_bytes:
             return text
@@ -610,7 +610,7 @@ def encode_payload(
     return encode({"message": beginning, "truncated": True, "original_bytes": size})
 
 
-def fit(value: Any, longest: int | None = None, secrets: Sequence[str] = ()) -> Any:
+def jsonable(value: Any, longest: int | None = None, secrets: Sequence[str] = ()) -> Any:
     """`value` as JSON can carry it, without `secrets`; texts are cut to `longest` characters."""
     left = 50_000  # values: what branches and shares its branches would not end otherwise
 
@@ -650,10 +650,10 @@ def redact(text: str, secrets: Sequence[str]) -> str:
     return text
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The text of an error whose __str__ may itself fail."""
     try:
-        return str(fit(str(error)))
+        return str(jsonable(str(error)))
     except BaseException:
         return f"<{type(error).__name__}>"
 
@@ -661,8 +661,8 @@ def said(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed: the text alone where it was written for a person."""
     if isinstance(error, StreamerError | SettingsError):
-        return said(error)
-    return f"{type(error).__name__}: {said(error)}"
+        return error_text(error)
+    return f"{type(error).__name__}: {error_text(error)}"
 
 
 # -----------------------------------------------------------------------------
@@ -1790,7 +1790,9 @@ class RedisStore(Store):
         """The tasks whose hash has expired; takes them out of the lists."""
         latest = time.time_ns() // 1000 - 1_000_000 * self._max_age
         old = await self._link.call(partial(self._link.redis.zrangebyscore, self.TASKS, 0, latest))
-        exist = await self._link.for_each(old, lambda pipe, task_id: pipe.exists(self.TASK + task_id))
+        exist = await self._link.for_each(
+            old, lambda pipe, task_id: pipe.exists(self.TASK + task_id)
+        )
         expired = []
         for task_id in (task_id for task_id, exists in zip(old, exist, strict=True) if not exists):
             (first, *_) = await self._link.pipelined(partial(self._unlist, task_id=task_id))
@@ -2454,9 +2456,9 @@ class Run:
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
     ) -> None:
-        """Shows that the agent waits for its model, since a time or from now on; or that none does."""
+        """Shows that the agent waits for its model, since a time or from now on; or none does."""
         since = time.time() if since is None else since
-        waiting = (fit(agent_role), fit(action), since) if agent_role else None
+        waiting = (jsonable(agent_role), jsonable(action), since) if agent_role else None
         self.outbox.put({"waiting": waiting})
 
     def check_cancelled(self) -> None:
@@ -2506,12 +2508,12 @@ class Run:
     ) -> Draft:
         message = payload.get("message")
         if not isinstance(message, str):
-            message = kind.value if message is None else str(fit(message))
+            message = kind.value if message is None else str(jsonable(message))
             payload = {**payload, "message": message}
-        text = redact(message if message.isascii() else fit(message), self.secrets)[:300]
+        text = redact(message if message.isascii() else jsonable(message), self.secrets)[:300]
         if agent_role is not None:
             plain = type(agent_role) is str and agent_role.isascii() and len(agent_role) < 64
-            agent_role = agent_role if plain else str(fit(agent_role, 64, self.secrets))
+            agent_role = agent_role if plain else str(jsonable(agent_role, 64, self.secrets))
         encoded = encode_payload(payload, self.max_event_bytes, self.secrets)
         return Draft(kind, agent_role, now(), text, encoded)
 
@@ -2528,7 +2530,9 @@ class Runner(Protocol):
 
 
 def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
-    """(path from `root`, bytes, mtime in ns) of the regular files below it, hidden ones and links left out."""
+    """Path from `root`, bytes and mtime in ns of the regular files below it, without hidden ones
+    and links.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -2536,7 +2540,7 @@ def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
             with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode) and not name.startswith("."):
-                    yield fit(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
+                    yield jsonable(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
 
 
 # The scripted team of test mode: role, action, progress when it is done, the file it writes, its text.
@@ -2918,7 +2922,7 @@ def refused_field(error: ValueError) -> str:
     """pydantic's error about a configuration fills a page; the field and what is wrong with it."""
     details = error.errors()[0] if hasattr(error, "errors") else None
     if details is None:
-        return said(error)
+        return error_text(error)
     where = ".".join(map(str, details["loc"]))
     return f"{where} in config2.yaml is not what MetaGPT takes: {details['msg']}"
 
@@ -3475,7 +3479,7 @@ def _checked(document: Any, event: str) -> Any:
     if event == "error":
         raise ServerError(document)
     if not isinstance(document, Mapping):
-        raise NotACompletion(encode(fit(document)))
+        raise NotACompletion(encode(jsonable(document)))
     if document.get("error") or "error" in (document.get("object"), document.get("type")):
         raise ServerError(document)
     return document
@@ -3515,7 +3519,7 @@ async def _send(
     elif hasattr(answer, "to_dict"):
         yield _checked(answer.to_dict(warnings=False), "")
     else:
-        raise NotACompletion(answer if isinstance(answer, str) else encode(fit(answer)))
+        raise NotACompletion(answer if isinstance(answer, str) else encode(jsonable(answer)))
 
 
 def _openai_arguments(model: Any, messages: Any, stream: bool) -> dict[str, Any]:
@@ -3751,7 +3755,7 @@ class _RequestForm:
         """What is changed, where the server refused an argument that can be; else nothing."""
         if getattr(error, "status_code", None) not in (400, 422):
             return ""
-        text = said(error)
+        text = error_text(error)
         name = self._refused(getattr(error, "param", None), text)
         if self._limit and (not name or (name in self.LIMITS and self.TOO_MANY.search(text))):
             return self._lower(text)
@@ -3905,7 +3909,7 @@ class _ModelRequest:
         try:
             return Chunk(finish_reason="stop") if document is None else self._vendor.chunk(document)
         except (AttributeError, TypeError, ValueError):  # it has the form of no vendor
-            raise NotACompletion(encode(fit(document))) from None
+            raise NotACompletion(encode(jsonable(document))) from None
 
     def _heard(self) -> None:
         """Called for each chunk: the model is not silent, and has its time again."""
@@ -4274,12 +4278,12 @@ def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> Mo
     body = getattr(error, "body", None)
     status = getattr(error, "status_code", getattr(error, "status", None))
     if names & {"NotACompletion", "APIResponseValidationError"}:
-        words = _quoted(body or said(error), secrets)
+        words = _quoted(body or error_text(error), secrets)
         return ModelFault(
             f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
         )
     if isinstance(status, int) or isinstance(error, ServerError) or ("APIError" in names and body):
-        told = body if hasattr(error, "body") else said(error)
+        told = body if hasattr(error, "body") else error_text(error)
         return _refusal(told, status, _asked_wait(error, body), config, secrets)
     if names & (LATE | BROKEN | GARBLED | UNREACHED):
         return ModelFault(_broken(error, config, secrets), True, None)
@@ -4337,7 +4341,7 @@ def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
             break
         cause = inner
         names |= _class_names(cause)
-    text = said(cause)
+    text = error_text(cause)
     if isinstance(cause, ConnectionError) and cause.errno:
         text = os.strerror(cause.errno)
     text = _quoted(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
@@ -4407,7 +4411,7 @@ def server_words(body: object, levels: int = 6) -> str:
             (name for name in ("error", "message", "detail", "msg") if body.get(name)), None
         )
         if name is None:
-            return encode(fit(body))
+            return encode(jsonable(body))
         place = ".".join(map(str, body.get("loc") or ()))  # FastAPI: the field that is wrong
         words = server_words(body[name], levels - 1)
         metadata = body.get("metadata")
@@ -4415,7 +4419,7 @@ def server_words(body: object, levels: int = 6) -> str:
             metadata.get("raw") if isinstance(metadata, Mapping) else None
         )  # OpenRouter: its provider's words
         return ": ".join(filter(None, (place, words, raw and str(raw))))
-    return str(fit(body, 300)) if body else ""
+    return str(jsonable(body, 300)) if body else ""
 
 
 def _quoted(body: object, secrets: Sequence[str]) -> str:
@@ -4492,7 +4496,7 @@ def failure_reason(error: BaseException, answer: str = "") -> str:
             attempts = attempts or last.attempt_number
             error = last.exception()
     if isinstance(error, _GiveUp | StreamerError | SettingsError):
-        return said(error)
+        return error_text(error)
     beginning = quoted(" ".join(answer.split())[:60])
     text = " ".join(_plain_text(error).split())[:120]
     if attempts or _class_names(error) & {"ValidationError", "JSONDecodeError"}:
@@ -4515,7 +4519,7 @@ def _plain_text(error: BaseException) -> str:
         return f"{where}: {message}{more}" if where else message
     if isinstance(error, OSError) and error.strerror:
         return f"the file {Path(str(error.filename)).name} cannot be used: {error.strerror}"
-    return said(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
+    return error_text(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
 
 
 def _class_name(path: str) -> str:
@@ -6817,20 +6821,20 @@ function add(mine, event, added) {
     const action = el("span", {className: "dim"}, payload.action || "says");
     line.append(fold(true, [...head, action], growing));
   } else if (type === "MESSAGE" && payload.content) {
-    line.append(fold(false, [...head, said(payload, role)], payload.content));
+    line.append(fold(false, [...head, error_text(payload, role)], payload.content));
   } else if (type === "ARTIFACT" && payload.change !== "deleted"
              && typeof payload.path === "string") {
     const onclick = () => show(payload.path);
     line.append(...head, el("button", {className: "plain", onclick}, payload.message));
   } else {
-    line.append(...head, said(payload, role));
+    line.append(...head, error_text(payload, role));
   }
   added.append(tint(line, role));
 }
 function stop(bars, at) {
   if (bars.length && !bars.at(-1).to) bars.at(-1).to = at;
 }
-function said({message}, role) {  // the role stands before it already
+function error_text({message}, role) {  // the role stands before it already
   const named = role && message.startsWith(role + " ");
   return el("span", {dir: "auto"}, named ? message.slice(role.length + 1) : message);
 }
