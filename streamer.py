@@ -763,7 +763,7 @@ class TaskState:
         for draft in drafts:
             if draft.type is EventType.AGENT_START:
                 values["current_agent"] = draft.agent_role
-            if draft.type not in (EventType.TOKEN, EventType.LOG):
+            if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
         values |= changes
         if "progress" in changes:  # never falls while a run lasts
@@ -3392,15 +3392,12 @@ class Chunk(NamedTuple):
 
 
 class PartialAnswer(Exception):
-    """An answer that is not whole; `retry`: whether asking again can help."""
+    """An answer that is not whole: `retry` where asking again may help, `cut` at a limit."""
 
-    def __init__(self, reason: str, retry: bool) -> None:
+    def __init__(self, reason: str, *, retry: bool = False, cut: bool = False) -> None:
         super().__init__(reason)
         self.retry = retry
-
-
-class _CutAnswer(PartialAnswer):
-    """An answer that reached the limit of its tokens."""
+        self.cut = cut
 
 
 class _BodyReader:
@@ -3459,19 +3456,20 @@ class _BodyReader:
             document = None if self._done else _parsed(data)
             if document == data:
                 raise _broken_off(data)
-            yield document if document is None else _checked(document, event)
+            if event != "ping":  # the server is alive, but its model says nothing
+                yield document if document is None else _checked(document, event)
 
 
 def _parsed(text: str) -> Any:
     """The JSON document that `text` is, or else the text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _broken_off(piece: str) -> PartialAnswer:
-    return PartialAnswer(f"the model's answer broke off, in {quoted(piece[-60:])}", True)
+    return PartialAnswer(f"the model's answer broke off, in {quoted(piece[-60:])}", retry=True)
 
 
 def _checked(document: Any, event: str) -> Any:
@@ -3633,13 +3631,7 @@ def _other_vendor(own_method: Callable[[], Awaitable[str]], stream: bool) -> _Ve
         text = await own_method()
         yield Chunk("" if stream else text, finish_reason="stop")
 
-    def arguments(*_: Any) -> dict[str, Any]:
-        return {}
-
-    def chunk(chunk: Chunk) -> Chunk:
-        return chunk
-
-    return _Vendor(arguments, send, chunk, own_method=True)
+    return _Vendor(lambda *_: {}, send, lambda chunk: chunk, own_method=True)
 
 
 class _ModelCall:
@@ -3654,8 +3646,9 @@ class _ModelCall:
         self._heard = heard
         kinds = (EventType.TOKEN, EventType.REASONING)
         self._said: dict[EventType, list[str]] = {kind: [] for kind in kinds}
-        # Of a character that a server cuts into two surrogates, it keeps the first for the next piece.
-        self._joined = {kind: codecs.getincrementaldecoder("utf-16-le")("replace") for kind in kinds}
+        # A server may cut a character into two surrogates: the first waits for the second here.
+        decoder = codecs.getincrementaldecoder("utf-16-le")
+        self._joined = {kind: decoder("replace") for kind in kinds}
         self._kind = EventType.TOKEN
         self._unsent = ""
         self._timer: asyncio.TimerHandle | None = None
@@ -3699,7 +3692,8 @@ class _ModelCall:
         room = run.max_event_bytes - len(encode(payload).encode())
         size = max(1, room // 6)  # in JSON a character takes at most six bytes
         for start in range(0, len(text), size):
-            run.emit(self._kind, {**payload, "message": text[start : start + size]}, self.speaker.role)
+            payload["message"] = text[start : start + size]
+            run.emit(self._kind, payload, self.speaker.role)
 
     def close(self) -> None:
         for kind in self._said:
@@ -3708,10 +3702,10 @@ class _ModelCall:
 
 
 class _RequestForm:
-    """The arguments of a model request as its server takes them: refusals and cut answers teach it.
+    """The arguments of a model request, changed as its server's refusals and cut answers teach.
 
-    MetaGPT sends those of 2024; OpenAI's models that think refuse two of them, and other servers
-    the question for the usage. What an answer came by is kept for the process.
+    MetaGPT sends those of 2024: OpenAI's models that think refuse two of them, and other servers
+    the question for the usage. The form that brought an answer is kept for the process.
     """
 
     LIMITS = ("max_tokens", "max_completion_tokens")
@@ -3741,7 +3735,7 @@ class _RequestForm:
         for name in self.LIMITS:
             if name in fitted:
                 least = 0
-                if name == "max_completion_tokens" and not self._is_users:
+                if name == "max_completion_tokens" and not self._limit_is_users:
                     least = self.LEAST_FOR_THINKING
                 wanted = max(fitted[name], least, self._larger_limit)
                 self._limit = fitted[name] = min(wanted, self._most_tokens or wanted)
@@ -3749,15 +3743,19 @@ class _RequestForm:
         return fitted
 
     def keep(self) -> None:
-        self._kept[self._key] = (self._changes, self._most_tokens)
+        """Has the process's next requests begin in this form."""
+        changes, most_tokens = self._kept.get(self._key, ({}, None))
+        kept = ({**changes, **self._changes}, self._most_tokens or most_tokens)
+        self._kept[self._key] = kept
 
     def adapt(self, error: Exception) -> str:
         """What is changed, where the server refused an argument that can be; else nothing."""
         if getattr(error, "status_code", None) not in (400, 422):
             return ""
         text = error_text(error)
-        name = self._refused(getattr(error, "param", None), text)
-        if self._limit and (not name or (name in self.LIMITS and self.TOO_MANY.search(text))):
+        param = getattr(error, "param", None)
+        name = self._refused(param, text)
+        if self.TOO_MANY.search(text) and (name in self.LIMITS or not (name or param)):
             return self._lower(text)
         other = "max_completion_tokens" if name == "max_tokens" else ""
         if not name or (name in self.LIMITS and other not in text):
@@ -3775,7 +3773,7 @@ class _RequestForm:
         return next((name for name in sent if re.search(rf"\b{name}\b", text)), "")
 
     def _lower(self, text: str) -> str:
-        """Where more tokens were asked for than MetaGPT asks for: as many as the server allows."""
+        """As many tokens as the server allows, where they were more than MetaGPT asks for."""
         least = self._config.max_token
         if not self._limit or self._limit <= least:
             return ""
@@ -3788,7 +3786,7 @@ class _RequestForm:
 
     def enlarge(self) -> str:
         """What is changed, where a larger limit may help an answer that was cut; else nothing."""
-        if self._limit is None or self._is_users or self._enlarged == self.MOST_ENLARGED:
+        if self._limit is None or self._limit_is_users or self._enlarged == self.MOST_ENLARGED:
             return ""
         larger = self._limit * self.LARGER
         larger = min(larger, self._most_tokens or larger)
@@ -3800,7 +3798,7 @@ class _RequestForm:
         return f"the model's answer was cut at {self._cut_at} tokens, the next may have {larger}"
 
     @property
-    def _is_users(self) -> bool:
+    def _limit_is_users(self) -> bool:
         """Whether the user has set the limit of an answer, so that it is the user's to change."""
         return "max_token" in self._config.model_fields_set
 
@@ -3878,20 +3876,21 @@ class _ModelRequest:
         patience = self.team.run.model_timeout
         read = max(self._model.get_timeout(0), patience + self.LINGER)
         timeout = self.team.engine.Timeout(read, connect=self.CONNECT)
-        arguments = self._form.fit(self._vendor.arguments(self._model, self._messages, self._stream))
+        arguments = self._vendor.arguments(self._model, self._messages, self._stream)
+        answer = self._vendor.send(self._model, self._form.fit(arguments), timeout)
         call = self._call = self.speaker.call = _ModelCall(self.speaker, self._heard)
         try:
             async with (
                 asyncio.timeout(patience) as watch,
-                contextlib.aclosing(self._vendor.send(self._model, arguments, timeout)) as documents,
+                contextlib.aclosing(answer) as documents,
             ):
                 self._watch = watch
                 async for document in documents:
-                    call.take(self._chunk(document))
+                    self._take(document)
         except (TimeoutError, self.team.engine.TransportError):
-            silent = f"the model said nothing for {patience:g} s, the setting model_timeout"
             if watch.expired() and not call.finish_reason:
-                raise PartialAnswer(silent, True) from None
+                silent = f"the model said nothing for {patience:g} s, the setting model_timeout"
+                raise PartialAnswer(silent, retry=True) from None
             if not call.finish_reason:  # else only the usage or the body's end is missing
                 raise
         finally:
@@ -3905,9 +3904,10 @@ class _ModelRequest:
         self.speaker.answer = text
         return text
 
-    def _chunk(self, document: Any) -> Chunk:
+    def _take(self, document: Any) -> None:
         try:
-            return Chunk(finish_reason="stop") if document is None else self._vendor.chunk(document)
+            done = document is None
+            self._call.take(Chunk(finish_reason="stop") if done else self._vendor.chunk(document))
         except (AttributeError, TypeError, ValueError):  # it has the form of no vendor
             raise NotACompletion(encode(jsonable(document))) from None
 
@@ -3936,20 +3936,20 @@ class _ModelRequest:
         """Raises PartialAnswer unless the answer is whole."""
         reason = call.finish_reason
         if reason in self.CUT:
-            raise _CutAnswer(self._form.cut_reason(reason), False)
+            raise PartialAnswer(self._form.cut_reason(reason), cut=True)
         if reason in self.WITHHELD:
             text = quoted(call.text[-60:])
             advice = f"another prompt or llm.model may pass. The answer ends in {text}"
-            raise PartialAnswer(f"the model's answer was withheld ({reason}): {advice}", False)
+            raise PartialAnswer(f"the model's answer was withheld ({reason}): {advice}")
         if reason in self.BROKEN:
             how = f"({reason})" if reason else "without a finish reason"
-            raise PartialAnswer(f"the model's answer broke off {how}", True)
+            raise PartialAnswer(f"the model's answer broke off {how}", retry=True)
         if not call.text.strip():
-            raise PartialAnswer(f"the model's answer was empty ({reason})", True)
+            raise PartialAnswer(f"the model's answer was empty ({reason})", retry=True)
 
     def _change_form(self, error: Exception) -> bool:
         """Whether the next request is another one, so that it can be sent at once."""
-        was_cut = isinstance(error, _CutAnswer)
+        was_cut = isinstance(error, PartialAnswer) and error.cut
         change = self._form.enlarge() if was_cut else self._form.adapt(error)
         if change:
             self.team.log("WARNING", change, call_id=self._call.id)
@@ -3963,11 +3963,11 @@ class _ModelRequest:
             fault: ModelFault | None = ModelFault(str(error), error.retry, None)
         else:
             fault = model_fault(error, self._model.config, self.team.run.secrets)
-            if isinstance(error, ServerError) or isinstance(getattr(error, "status_code", None), int):
+            if isinstance(getattr(error, "status_code", None), int) or type(error) is ServerError:
                 attempts = self.REFUSED
         if fault is None:
             raise error
-        if not fault.retry or failed == attempts:
+        if not fault.retry or failed >= attempts:
             after = f" (attempt {failed} of {attempts})" if failed > 1 else ""
             raise _GiveUp(fault.reason + after) from error
         wait = 2.0 ** (failed - 1)
@@ -3978,7 +3978,7 @@ class _ModelRequest:
         return wait
 
     def _book(self) -> None:
-        """Books what an attempt has used, a failed one too; estimated where the server is silent."""
+        """Books what an attempt has used, a failed one too; estimated where no server says it."""
         call = self._call
         text = call.reasoning + call.text
         usage = dict(call.usage)
