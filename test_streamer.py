@@ -874,7 +874,10 @@ def cycle() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("payload", "expected"),
     [
-        ({"message": "m", "n": math.nan, "i": -math.inf}, {"message": "m", "n": "nan", "i": "-inf"}),
+        (
+            {"message": "m", "n": math.nan, "i": -math.inf},
+            {"message": "m", "n": "nan", "i": "-inf"},
+        ),
         ({"message": "a\ud800b"}, {"message": "a?b"}),
         ({"message": "m", "s": {7}}, {"message": "m", "s": [7]}),
         ({"message": "m", "b": b"\xff"}, {"message": "m", "b": "b'\\xff'"}),
@@ -889,7 +892,9 @@ def test_payload_is_made_to_fit_json(payload: dict[str, Any], expected: dict[str
     assert json.loads(streamer.encode_payload(payload, 65536)) == expected
 
 
-@pytest.mark.parametrize("payload", [cycle(), {"message": "m", "n": 10**6000}, {"message": [[[]]] * 3, "s": Settings}])
+@pytest.mark.parametrize(
+    "payload", [cycle(), {"message": "m", "n": 10**6000}, {"message": [[[]]] * 3, "s": Settings}]
+)
 def test_payload_that_nothing_can_carry_is_still_json(payload: dict[str, Any]) -> None:
     """Cycles, huge integers and classes do not fail an event."""
     assert "message" in json.loads(streamer.encode_payload(payload, 65536))
@@ -920,7 +925,9 @@ def test_payload_over_the_limit_is_cut_and_says_so(payload: dict[str, Any]) -> N
 
 
 def make_task(status: TaskStatus = TaskStatus.PENDING) -> streamer.Task:
-    return streamer.Task(id="t", title="t", input_prompt="p", mode="test", options={}, status=status)
+    return streamer.Task(
+        id="t", title="t", input_prompt="p", mode="test", options={}, status=status
+    )
 
 
 def test_transitions_outside_the_table_raise() -> None:
@@ -971,7 +978,15 @@ class RedisServer:
 
     def start(self, *options: str) -> None:
         durable = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        command = [needs("redis-server"), "--port", str(self.port), "--dir", str(self.folder), *durable, *options]
+        command = [
+            needs("redis-server"),
+            "--port",
+            str(self.port),
+            "--dir",
+            str(self.folder),
+            *durable,
+            *options,
+        ]
         self.popen = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
@@ -1022,7 +1037,12 @@ async def opened(**settings: Any) -> AsyncIterator[Any]:
 
 def named(task_id: str, status: TaskStatus = TaskStatus.PENDING) -> streamer.Task:
     return streamer.Task(
-        id=task_id, title="t", input_prompt="日本 \x00 p", mode="test", options={"a": 1}, status=status
+        id=task_id,
+        title="t",
+        input_prompt="日本 \x00 p",
+        mode="test",
+        options={"a": 1},
+        status=status,
     )
 
 
@@ -1053,14 +1073,20 @@ async def test_store_keeps_what_is_written(stored: dict[str, Any]) -> None:
         with pytest.raises(streamer.TaskExists):
             await store.create(named("a"))
         task, state, first = await store.load("a")
-        assert (task.input_prompt, task.options, state) == ("日本 \x00 p", {"a": 1}, streamer.TaskState(task_id="a"))
+        assert (task.input_prompt, task.options, state) == (
+            "日本 \x00 p",
+            {"a": 1},
+            streamer.TaskState(task_id="a"),
+        )
         assert (list(await store.read("a", 0, 10)), first) == ([], 1)
         assert await store.claim("a", {TaskStatus.RUNNING}) is None
         claim = await store.claim("a", {TaskStatus.PENDING})
         assert claim.record == (task, state, 1)
         assert await store.claim("a", {TaskStatus.PENDING}) is None
         waiting = ("Engineer", "WriteCode", 1.5)
-        running = dataclasses.replace(state, status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5)
+        running = dataclasses.replace(
+            state, status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5
+        )
         events = numbered(1, 3)
         await claim.write(running, events, task.to(TaskStatus.RUNNING))
         assert (await store.load("a")).state == running
@@ -1169,7 +1195,9 @@ async def test_store_forgets_what_is_old(stored: dict[str, Any]) -> None:
 
 
 def test_service_is_the_same_on_every_store(tmp_path: Path, stored: dict[str, Any]) -> None:
-    """Create, list, watch, replay, page, cancel, run again, delete: what clients see does not tell the store."""
+    """Create, list, watch, replay, page, cancel, run again, delete: what clients see does not tell
+    the store.
+    """
     gate = Gate()
     with live(gate, tmp_path / "files", max_running=1, **stored) as client:
         body, key = {"input_prompt": "p", "options": {"n_round": 3}}, {"Idempotency-Key": "k"}
@@ -1257,7 +1285,9 @@ def settled(client: Client, task_id: str) -> dict[str, Any]:
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
-    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs again on its log."""
+    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs
+    again on its log.
+    """
     chance = random.Random(5)
     waiting: str | None = None
     before: list[Watcher] = []
@@ -1270,7 +1300,9 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
                 assert "interrupted by a restart" in task["result_summary"]
                 assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
                 assert witness.events == log[: len(witness.events)]
-                assert [event["event_id"] for event in log if event["event_type"] in TERMINAL] == [len(log)]
+                assert [event["event_id"] for event in log if event["event_type"] in TERMINAL] == [
+                    len(log)
+                ]
             if waiting:
                 assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"
             tasks = [client.create(pause) for pause in ("0", "0", "0.001", "0")]
@@ -1288,7 +1320,9 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
 
 
 def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> None:
-    """Finished tasks replay and page as before; a cut-off run goes on in the same log; by hand, sqlite3 reads it."""
+    """Finished tasks replay and page as before; a cut-off run goes on in the same log; by hand,
+    sqlite3 reads it.
+    """
     with busy(tmp_path, db="streamer.db") as server:
         done = server.client.create("0.001")
         with server.client.socket(done) as websocket:
@@ -1301,7 +1335,8 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         witness = server.client.follow(cut)
         witness.sees()
         rows = sqlite3.connect(f"file:{tmp_path}/streamer.db?mode=ro", uri=True).execute(
-            "SELECT json_extract(data, '$.payload.message') FROM events WHERE task_id = ? AND event_type = 'TOKEN'",
+            "SELECT json_extract(data, '$.payload.message') FROM events "
+            "WHERE task_id = ? AND event_type = 'TOKEN'",
             (done,),
         )
         assert rows.fetchone() == ("token 0 ",)
@@ -1309,7 +1344,10 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         witness.join()
     with busy(tmp_path, db="streamer.db") as server:
         assert server.client.watch(done).messages == record.messages
-        assert (whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")) == (paged, task)
+        assert (whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")) == (
+            paged,
+            task,
+        )
         settled(server.client, cut)
         assert server.client.post(f"/api/tasks/{cut}/run").status_code == 409
         assert server.client.post(f"/api/tasks/{cut}/run?restart=true").status_code == 202
@@ -1319,12 +1357,16 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
             watched(websocket)
         log = whole_log(server.client, cut)
         assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
-        ends = [event["event_type"] for event in log if event["event_type"] in ("TASK_START", *TERMINAL)]
+        ends = [
+            event["event_type"] for event in log if event["event_type"] in ("TASK_START", *TERMINAL)
+        ]
         assert ends == ["TASK_START", "TASK_ERROR", "TASK_START", "TASK_CANCELLED"]
 
 
 def test_shutdown_leaves_waiting_tasks_pending(tmp_path: Path) -> None:
-    """A stop that is no kill: what ran is CANCELLED, what waited for its turn still waits, its client is told."""
+    """A stop that is no kill: what ran is CANCELLED, what waited for its turn still waits, its
+    client is told.
+    """
     with busy(tmp_path, db="streamer.db", max_running=1) as server:
         tasks = [server.client.create("0.01") for _ in range(2)]
         witnesses = [server.client.follow(tasks[0])]
@@ -1336,41 +1378,61 @@ def test_shutdown_leaves_waiting_tasks_pending(tmp_path: Path) -> None:
             witness.join()
         assert [witness.close_code for witness in witnesses] == [1000, 1001]
     with busy(tmp_path, db="streamer.db") as server:
-        assert [server.client.get(f"/api/tasks/{each}")["status"] for each in tasks] == ["CANCELLED", "PENDING"]
+        assert [server.client.get(f"/api/tasks/{each}")["status"] for each in tasks] == [
+            "CANCELLED",
+            "PENDING",
+        ]
 
 
 def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
-    """The log cannot be written: the client hears why, nothing succeeds; once there is room, the log says so too."""
+    """The log cannot be written: the client hears why, nothing succeeds; once there is room, the
+    log says so too.
+    """
     with busy(tmp_path, db="streamer.db", lease=1) as server:
         task_id = server.client.create("0.001")
         witness = server.client.follow(task_id)
         witness.sees()
         size = max(path.stat().st_size for path in tmp_path.glob("streamer.db*"))
-        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (size + 4096, resource.RLIM_INFINITY))
+        resource.prlimit(
+            server.popen.pid, resource.RLIMIT_FSIZE, (size + 4096, resource.RLIM_INFINITY)
+        )
         seen = witness.join()
         error = witness.messages[-1]
         assert error["type"] == "error"
-        assert "the run was stopped: the log in streamer.db cannot be used: " in error["data"]["message"]
+        assert (
+            "the run was stopped: the log in streamer.db cannot be used: "
+            in error["data"]["message"]
+        )
         assert witness.close_code == 1013
         health = server.client.http.get("/healthz")
         assert (health.status_code, health.json()["status"]) == (503, "error")
         refused = server.client.http.post("/api/tasks", json={"input_prompt": "0"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
         assert server.client.get(f"/api/tasks/{task_id}")["status"] == "RUNNING"
-        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.prlimit(
+            server.popen.pid,
+            resource.RLIMIT_FSIZE,
+            (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+        )
         task, log = settled(server.client, task_id), whole_log(server.client, task_id)
         assert task["status"] == "FAILED"
-        assert "the run was stopped: the log in streamer.db cannot be used" in task["result_summary"]
+        assert (
+            "the run was stopped: the log in streamer.db cannot be used" in task["result_summary"]
+        )
         assert log[: len(seen)] == seen
         assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
         assert server.client.http.get("/healthz").status_code == 200
 
 
 def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
-    """A shell's lock holds the log back; one that lasts longer than the lease ends the run, and says so."""
+    """A shell's lock holds the log back; one that lasts longer than the lease ends the run, and
+    says so.
+    """
     with busy(tmp_path, db="streamer.db", lease=1) as server:
         tasks = [server.client.create("0.001") for _ in range(2)]
-        with contextlib.closing(sqlite3.connect(tmp_path / "streamer.db", isolation_level=None)) as shell:
+        with contextlib.closing(
+            sqlite3.connect(tmp_path / "streamer.db", isolation_level=None)
+        ) as shell:
             for task_id, patience in zip(tasks, (0.3, TIMEOUT), strict=True):
                 witness = server.client.follow(task_id)
                 witness.sees()
@@ -1391,19 +1453,31 @@ def test_database_that_somebody_locks_is_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda path: path.write_bytes(b"no database" * 1000), "file is not a database; it is another kind of file"),
-        (lambda path: path.mkdir(), "unable to open database file; its folder must exist and be writable"),
-        (lambda path: sqlite3.connect(path).executescript("PRAGMA user_version = 7"), "schema version 7, and this"),
+        (
+            lambda path: path.write_bytes(b"no database" * 1000),
+            "file is not a database; it is another kind of file",
+        ),
+        (
+            lambda path: path.mkdir(),
+            "unable to open database file; its folder must exist and be writable",
+        ),
+        (
+            lambda path: sqlite3.connect(path).executescript("PRAGMA user_version = 7"),
+            "schema version 7, and this",
+        ),
         (
             lambda path: sqlite3.connect(path).executescript(
-                streamer.SqliteStore.SCHEMA + "INSERT INTO tasks VALUES (1, 'a', 'PENDING', '', '{}', '{}')"
+                streamer.SqliteStore.SCHEMA
+                + "INSERT INTO tasks VALUES (1, 'a', 'PENDING', '', '{}', '{}')"
             ),
             "a task cannot be read, perhaps another version of streamer wrote it",
         ),
         (lambda path: path.with_name("gone").mkdir(), None),
     ],
 )
-def test_file_that_is_no_database_exits_2(tmp_path: Path, spoil: Callable[[Path], Any], says: str | None) -> None:
+def test_file_that_is_no_database_exits_2(
+    tmp_path: Path, spoil: Callable[[Path], Any], says: str | None
+) -> None:
     spoil(tmp_path / "some.db")
     name = "some.db" if says else "nowhere/some.db"
     with process(SERVER, "--test-mode", "--port", "0", "--db", name, cwd=tmp_path) as server:
@@ -1422,7 +1496,9 @@ def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
         with process("-c", code, *command, cwd=Path("/")) as server:
             assert server.wait() == 2
     tmp_path.chmod(0o755)
-    assert "unable to open database file; its folder must exist and be writable" in server.errors[-1]
+    assert (
+        "unable to open database file; its folder must exist and be writable" in server.errors[-1]
+    )
 
 
 @pytest.mark.anyio
@@ -1443,7 +1519,9 @@ def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
     with busy(tmp_path, db="streamer.db") as first:
         assert first.client.get("/healthz")["store"] == "ok"
         for name in ("streamer.db", "link.db"):
-            with process(SERVER, "--test-mode", "--port", "0", "--db", name, cwd=tmp_path) as second:
+            with process(
+                SERVER, "--test-mode", "--port", "0", "--db", name, cwd=tmp_path
+            ) as second:
                 assert second.wait() == 2
             assert "another streamer uses it" in second.errors[-1]
 
@@ -1463,10 +1541,16 @@ def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
             file.write(b"\xff" * 4096)
     with busy(tmp_path, db="streamer.db") as server:
         response = server.client.http.get(f"/api/tasks/{task_id}/events")
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable")
+        assert (response.status_code, response.json()["error"]["code"]) == (
+            503,
+            "store_unavailable",
+        )
         assert "malformed" in response.json()["error"]["message"]
         record = server.client.watch(task_id)
-        assert (record.messages[-1]["data"]["code"], record.close_code) == ("store_unavailable", 1013)
+        assert (record.messages[-1]["data"]["code"], record.close_code) == (
+            "store_unavailable",
+            1013,
+        )
         assert record.ids == list(range(1, len(record.ids) + 1))
         assert server.client.create("0")
 
@@ -1477,7 +1561,9 @@ def test_corrupt_page_is_an_error_and_not_a_hole(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replicas(count: int, server: RedisServer, folder: Path, **settings: Any) -> Iterator[list[Process]]:
+def replicas(
+    count: int, server: RedisServer, folder: Path, **settings: Any
+) -> Iterator[list[Process]]:
     """Servers that share a Redis, emptied before, with a lease that fits a test."""
     server("FLUSHALL")
     with contextlib.ExitStack() as stack:
@@ -1489,26 +1575,36 @@ def replicas(count: int, server: RedisServer, folder: Path, **settings: Any) -> 
 
 
 def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> None:
-    """Three clients come to three replicas at once: one run, the same numbered log live at all, any one cancels."""
+    """Three clients come to three replicas at once: one run, the same numbered log live at all, any
+    one cancels.
+    """
     with replicas(3, redis_server, tmp_path) as servers:
         for round_ in range(5):
             created = servers[round_ % 3].client.http.post(
-                "/api/tasks", json={"input_prompt": "0.001"}, headers={"Idempotency-Key": f"round {round_}"}
+                "/api/tasks",
+                json={"input_prompt": "0.001"},
+                headers={"Idempotency-Key": f"round {round_}"},
             )
             task_id = created.json()["id"]
             with ThreadPoolExecutor(3) as pool:
-                witnesses = list(pool.map(lambda server, task=task_id: server.client.follow(task), servers))
+                witnesses = list(
+                    pool.map(lambda server, task=task_id: server.client.follow(task), servers)
+                )
             for witness in witnesses:
                 witness.sees()
                 witness.until(lambda state: state["status"] == "RUNNING")
             for server in servers:  # another replica takes a client over where it was
-                moved = server.client.follow(task_id, f"after={witnesses[0].events[-1]['event_id']}")
+                moved = server.client.follow(
+                    task_id, f"after={witnesses[0].events[-1]['event_id']}"
+                )
                 assert moved.messages[0]["data"]["recovered"]
                 witnesses.append(moved)
             running = [server.client.get("/healthz")["running"] for server in servers]
             assert sorted(running) == [0, 0, 1]
             repeated = servers[2].client.http.post(
-                "/api/tasks", json={"input_prompt": "0.001"}, headers={"Idempotency-Key": f"round {round_}"}
+                "/api/tasks",
+                json={"input_prompt": "0.001"},
+                headers={"Idempotency-Key": f"round {round_}"},
             )
             assert (repeated.status_code, repeated.json()["id"]) == (200, task_id)
             stranger = servers[(running.index(1) + 1) % 3].client
@@ -1524,7 +1620,11 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
             assert stranger.post(f"/api/tasks/{task_id}/cancel").status_code == 409
             with ThreadPoolExecutor(3) as pool:
                 path = f"/api/tasks/{task_id}/run?restart=true"
-                answers = list(pool.map(lambda server, path=path: server.client.post(path).status_code, servers))
+                answers = list(
+                    pool.map(
+                        lambda server, path=path: server.client.post(path).status_code, servers
+                    )
+                )
             assert answers == [202] * 3
             again = stranger.follow(task_id, f"after={seen[0][-1]['event_id']}")
             again.until(lambda state: state["status"] == "RUNNING")
@@ -1535,8 +1635,12 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
         assert len(listed[0]) == 5
 
 
-def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_server: RedisServer) -> None:
-    """kill -9 of the one that runs: within the lease the other says FAILED, ends its clients, and can run it again."""
+def test_replica_that_is_killed_leaves_nobody_hanging(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """kill -9 of the one that runs: within the lease the other says FAILED, ends its clients, and
+    can run it again.
+    """
     with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
         task_id, queued = first.client.create("0.001"), first.client.create("0.01")
         assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
@@ -1549,7 +1653,9 @@ def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_serv
         assert "interrupted" in seen[-1]["payload"]["message"]
         assert [event["event_id"] for event in seen] == list(range(1, len(seen) + 1))
         assert second.client.get(f"/api/tasks/{task_id}")["status"] == "FAILED"
-        moved = second.client.follow(queued, "start=false")  # what waited for its turn gets one at the other
+        moved = second.client.follow(
+            queued, "start=false"
+        )  # what waited for its turn gets one at the other
         moved.until(lambda state: state["status"] == "RUNNING")
         assert second.client.post(f"/api/tasks/{queued}/cancel").status_code == 202
         moved.join()
@@ -1558,11 +1664,18 @@ def test_replica_that_is_killed_leaves_nobody_hanging(tmp_path: Path, redis_serv
         again.until(lambda state: state["status"] == "RUNNING")
         assert second.client.http.delete(f"/api/tasks/{task_id}").status_code == 204
         again.join()
-        assert again.close_code in (1000, 4404)  # whichever it hears first: that it was cancelled, or deleted
+        assert again.close_code in (
+            1000,
+            4404,
+        )  # whichever it hears first: that it was cancelled, or deleted
 
 
-def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_server: RedisServer) -> None:
-    """SIGSTOP, longer than the lease, SIGCONT: it writes nothing more, its run stops, its clients see the end."""
+def test_replica_that_slept_past_its_lease_is_fenced(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """SIGSTOP, longer than the lease, SIGCONT: it writes nothing more, its run stops, its clients
+    see the end.
+    """
     with replicas(2, redis_server, tmp_path) as (first, second):
         task_id = first.client.create("0.001")
         own = first.client.follow(task_id)
@@ -1584,8 +1697,12 @@ def test_replica_that_slept_past_its_lease_is_fenced(tmp_path: Path, redis_serve
         fresh.join()
 
 
-def test_replica_that_is_stopped_hands_over_what_waits(tmp_path: Path, redis_server: RedisServer) -> None:
-    """SIGTERM: what ran is CANCELLED, what waited for its turn there gets one at the other; its watcher sees it."""
+def test_replica_that_is_stopped_hands_over_what_waits(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """SIGTERM: what ran is CANCELLED, what waited for its turn there gets one at the other; its
+    watcher sees it.
+    """
     with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
         task_id, queued = first.client.create("0.001"), first.client.create("0.01")
         for each in (task_id, queued):
@@ -1677,7 +1794,9 @@ def test_redis_goes_away_and_comes_back(
 
 @pytest.mark.anyio
 async def test_redis_cancel_is_what_the_holder_answers(redis_server: RedisServer) -> None:
-    """True once the holder does it, told until then; False where the run ended before, or nobody has it."""
+    """True once the holder does it, told until then; False where the run ended before, or nobody
+    has it.
+    """
     redis_server("FLUSHALL")
     shared: dict[str, Any] = {"redis_url": redis_server.url, "lease": 1.0}
     async with opened(**shared) as holder, opened(**shared) as other:
@@ -1747,13 +1866,15 @@ def test_redis_that_is_absent_or_refuses_exits_2(tmp_path: Path, redis_server: R
     wrong = f"127.0.0.1:{redis_server.port}"
     redis_server("ACL", "SETUSER", "bob", "on", ">right-password", "~*", "&*", "+@all")
     cases = {
-        f"redis://:swordfish1@{absent}/3": f"the Redis at redis://{absent}/3 cannot be used: Error 111",
-        f"redis://bob:swordfish1@{wrong}": f"the Redis at redis://{wrong} cannot be used: invalid username-password",
+        f"redis://:swordfish1@{absent}/3": f"{absent}/3 cannot be used: Error 111",
+        f"redis://bob:swordfish1@{wrong}": f"{wrong} cannot be used: invalid username-password",
         "redis://:sword/fish1@127.0.0.1": "redis_url must be redis://",
         "swordfish1": "redis_url must be redis://",
     }
     for url, says in cases.items():
-        with process(SERVER, "--test-mode", "--port", "0", "--redis-url", url, cwd=tmp_path) as server:
+        with process(
+            SERVER, "--test-mode", "--port", "0", "--redis-url", url, cwd=tmp_path
+        ) as server:
             assert server.wait() == 2
         assert says in server.errors[-1], server.errors
         assert "fish1" not in "".join(server.errors)
@@ -1773,9 +1894,13 @@ def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServ
 
 
 def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) -> None:
-    """A hash and a stream a task, two lists of them, a lease; after 1,000 tasks as many as max_tasks allows."""
+    """A hash and a stream a task, two lists of them, a lease; after 1,000 tasks as many as
+    max_tasks allows.
+    """
     redis_server("FLUSHALL")
-    with live(burst(20), tmp_path, redis_url=redis_server.url, max_tasks=20, max_events=10, max_age=1000) as client:
+    with live(
+        burst(20), tmp_path, redis_url=redis_server.url, max_tasks=20, max_events=10, max_age=1000
+    ) as client:
 
         def play(_: int) -> None:
             client.watch(client.create())
@@ -1787,11 +1912,18 @@ def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) ->
         after = redis_server("MEMORY", "STATS")["dataset.bytes"]
         keys = redis_server("KEYS", "*")
         assert {key.split(":")[0] for key in keys} == {"streamer"}
-        assert Counter(key.split(":")[1] for key in keys) == {"task": 20, "log": 20, "tasks": 2, "lease": 1}
+        assert Counter(key.split(":")[1] for key in keys) == {
+            "task": 20,
+            "log": 20,
+            "tasks": 2,
+            "lease": 1,
+        }
         expiring = [key for key in keys if not key.startswith("streamer:tasks")]
         assert all(0 < redis_server("TTL", key) <= 1000 for key in expiring)
         assert after < 1.2 * before + 100_000
-    assert [key for key in redis_server("KEYS", "streamer:lease:*") if redis_server("PTTL", key) < 0] == []
+    assert [
+        key for key in redis_server("KEYS", "streamer:lease:*") if redis_server("PTTL", key) < 0
+    ] == []
 
 
 # -----------------------------------------------------------------------------
@@ -1829,7 +1961,9 @@ async def collect(subscription: streamer.Subscription) -> list[int]:
 @pytest.mark.anyio
 @pytest.mark.parametrize("buffer", [1, 3, 256])
 async def test_broker_replay_meets_live_without_a_seam(buffer: int) -> None:
-    """Clients that come before, amid and after a burst, at any cursor, see each event once, in order."""
+    """Clients that come before, amid and after a burst, at any cursor, see each event once, in
+    order.
+    """
     broker = await new_broker(subscriber_buffer=buffer)
     found: dict[int, list[int]] = {}
 
@@ -1871,7 +2005,9 @@ class HeldStore(streamer.MemoryStore):
 
 @pytest.mark.anyio
 async def test_broker_hands_over_once_what_the_log_has_already() -> None:
-    """What is in the log but not handed over yet waits for that: a client is never ahead, and gets it once."""
+    """What is in the log but not handed over yet waits for that: a client is never ahead, and gets
+    it once.
+    """
     broker = await new_broker(HeldStore)
     store = broker.store
     assert isinstance(store, HeldStore)
@@ -1898,7 +2034,9 @@ async def test_broker_hands_over_once_what_the_log_has_already() -> None:
 
 @pytest.mark.anyio
 async def test_client_from_another_process_goes_on_where_it_was(tmp_path: Path) -> None:
-    """What it has seen was stored by the other, and not yet handed over here: it is caught up with first."""
+    """What it has seen was stored by the other, and not yet handed over here: it is caught up with
+    first.
+    """
     settings = Settings(workspace=tmp_path, test_mode=True)
     store = streamer.MemoryStore(settings)
     supervisor = streamer.Supervisor(settings, store, lambda run: {})
@@ -3577,11 +3715,17 @@ def test_run_goes_on_without_watchers(tmp_path: Path) -> None:
 
 
 def test_run_twice_starts_once(tmp_path: Path) -> None:
-    """Starting a running task does nothing; an ended one is 409, and only restart runs a CANCELLED one again."""
+    """Starting a running task does nothing; an ended one is 409, and only restart runs a CANCELLED
+    one again.
+    """
     gate = Gate()
     with live(gate, tmp_path) as client:
         task_id = client.create()
-        assert [client.post(f"/api/tasks/{task_id}/run").status_code for _ in range(3)] == [202, 202, 202]
+        assert [client.post(f"/api/tasks/{task_id}/run").status_code for _ in range(3)] == [
+            202,
+            202,
+            202,
+        ]
         assert gate.started.wait(TIMEOUT)
         assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
         first = client.watch(task_id)
@@ -3594,11 +3738,16 @@ def test_run_twice_starts_once(tmp_path: Path) -> None:
     assert second.ids == [1, 2, 3, 4, 5, 6, 7, 8]
     ends = [event["event_type"] for event in second.of(*TERMINAL)]
     assert ends == ["TASK_CANCELLED", "TASK_COMPLETE"]
-    assert (gate.runs, second.last_state["status"], second.last_state["progress"]) == (2, "SUCCEEDED", 1.0)
+    assert (gate.runs, second.last_state["status"], second.last_state["progress"]) == (
+        2,
+        "SUCCEEDED",
+        1.0,
+    )
 
 
 def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) -> None:
-    """Neither task's runner is ever called; both end CANCELLED, and the slot stays with who has it."""
+    """Neither task's runner is ever called; both end CANCELLED, and the slot stays with who has it.
+    """
     gate = Gate()
     with live(gate, tmp_path, max_running=1) as client:
         running, waiting, unstarted = client.create(), client.create(), client.create()
@@ -3610,7 +3759,9 @@ def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) ->
                 assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             record = watched(websocket)
         assert [event["event_type"] for event in record.events] == ["TASK_CANCELLED"]
-        assert [event["event_type"] for event in client.watch(unstarted).events] == ["TASK_CANCELLED"]
+        assert [event["event_type"] for event in client.watch(unstarted).events] == [
+            "TASK_CANCELLED"
+        ]
         gate.go.set()
         assert client.watch(running).last_state["status"] == "SUCCEEDED"
         assert gate.runs == 1
@@ -3619,7 +3770,9 @@ def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) ->
 
 @pytest.mark.anyio
 async def test_cancel_races_success(tmp_path: Path) -> None:
-    """200 times: an acknowledged cancel is never overwritten by a success, a refused one never hides it."""
+    """200 times: an acknowledged cancel is never overwritten by a success, a refused one never
+    hides it.
+    """
     settings = Settings(workspace=tmp_path, test_mode=True)
     supervisor = streamer.Supervisor(settings, streamer.MemoryStore(settings), lambda run: {})
     ends = Counter[str]()
@@ -3641,9 +3794,15 @@ async def test_cancel_races_success(tmp_path: Path) -> None:
     assert set(ends) == {"TASK_CANCELLED", "TASK_COMPLETE"}
 
 
-@pytest.mark.parametrize(("timeout", "end"), [(None, "cancelled by a client"), (0.2, "timed out after 0.2 s")])
-def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path, timeout: float | None, end: str) -> None:
-    """A runner deaf to its cancel or timeout is abandoned after `grace`; what it emits later goes nowhere."""
+@pytest.mark.parametrize(
+    ("timeout", "end"), [(None, "cancelled by a client"), (0.2, "timed out after 0.2 s")]
+)
+def test_abandoned_thread_is_reported_and_unheard(
+    tmp_path: Path, timeout: float | None, end: str
+) -> None:
+    """A runner deaf to its cancel or timeout is abandoned after `grace`; what it emits later goes
+    nowhere.
+    """
     release, ended = threading.Event(), threading.Event()
 
     def deaf(run: Run) -> None:
@@ -3677,7 +3836,9 @@ def test_abandoned_thread_is_reported_and_unheard(tmp_path: Path, timeout: float
         (ValueError("a lone \ud800 surrogate"), "ValueError: a lone ? surrogate"),
     ],
 )
-def test_runner_that_fails_is_failed_with_its_reason(tmp_path: Path, result: Any, reason: str) -> None:
+def test_runner_that_fails_is_failed_with_its_reason(
+    tmp_path: Path, result: Any, reason: str
+) -> None:
     """Whatever a runner raises or returns, the server goes on and the task says what happened."""
 
     def runner(run: Run) -> Any:
@@ -3734,12 +3895,20 @@ def leaves(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("secret", ["12345678", "nopassword", 'pass"word\\99', "passwörter"])
 def test_secrets_of_any_shape_are_found_in_any_place(secret: str) -> None:
-    """Digits in a number, characters that JSON escapes, a text cut in the middle: the JSON stays JSON, without it."""
+    """Digits in a number, characters that JSON escapes, a text cut in the middle: the JSON stays
+    JSON, without it.
+    """
     secrets = streamer.known_secrets({"DB_PASSWORD": secret})
-    payload = {"message": f"{'x' * 290}{secret}", secret: [12345678, f"a\n{secret}", "a\nopassword"], "n": 1}
+    payload = {
+        "message": f"{'x' * 290}{secret}",
+        secret: [12345678, f"a\n{secret}", "a\nopassword"],
+        "n": 1,
+    }
     for limit in (65536, 300):
         text = streamer.encode_payload(payload, limit, secrets)
-        assert [leaf for leaf in leaves(json.loads(text)) if secret in leaf or f"x{secret[:5]}" in leaf] == []
+        assert [
+            leaf for leaf in leaves(json.loads(text)) if secret in leaf or f"x{secret[:5]}" in leaf
+        ] == []
 
 
 # By name, beside those that streamer itself knows; each is 8 characters or more.
@@ -3757,24 +3926,43 @@ SECRETS = {
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_are_known_by_any_part_of_a_name(name: str) -> None:
     """As a first, a second and a last part, and glued to others."""
-    assert streamer.redact(f"it is {SECRETS[name]}!", streamer.known_secrets({name: SECRETS[name]})) != (
-        f"it is {SECRETS[name]}!"
-    )
+    assert streamer.redact(
+        f"it is {SECRETS[name]}!", streamer.known_secrets({name: SECRETS[name]})
+    ) != (f"it is {SECRETS[name]}!")
 
 
 def test_secrets_in_urls_are_the_passwords() -> None:
     """Raw and decoded; a short one only where it stands in its URL."""
-    secrets = streamer.known_secrets({"A": "redis://:p%40ssw%3Ard@a/0", "B": "http://me:ab@proxy:3128, http://c"})
+    secrets = streamer.known_secrets(
+        {"A": "redis://:p%40ssw%3Ard@a/0", "B": "http://me:ab@proxy:3128, http://c"}
+    )
     assert set(secrets) == {"p%40ssw%3Ard", "p@ssw:rd", ":p%40ssw%3Ard@", ":ab@"}
-    assert streamer.redact("http://me:ab@proxy: abc p@ssw:rd", secrets) == "http://me***proxy: abc ***"
+    assert (
+        streamer.redact("http://me:ab@proxy: abc p@ssw:rd", secrets) == "http://me***proxy: abc ***"
+    )
 
 
 @pytest.mark.parametrize(
-    "key", ["lm-studio", "not-needed", "ollama", "none", "EMPTY", "dummy", "sk-no-key-required", "YOUR_API_KEY"]
+    "key",
+    [
+        "lm-studio",
+        "not-needed",
+        "ollama",
+        "none",
+        "EMPTY",
+        "dummy",
+        "sk-no-key-required",
+        "YOUR_API_KEY",
+    ],
 )
 def test_secrets_are_not_the_words_that_stand_for_no_key(key: str) -> None:
     """They are words of prompts; and so is the folder that PWD names no password."""
-    assert streamer.known_secrets({"OPENAI_API_KEY": key, "PWD": "/home/me/folder", "OLDPWD": "/home/me/other"}) == []
+    assert (
+        streamer.known_secrets(
+            {"OPENAI_API_KEY": key, "PWD": "/home/me/folder", "OLDPWD": "/home/me/other"}
+        )
+        == []
+    )
 
 
 class Odd(dict[str, Any]):
@@ -3799,7 +3987,9 @@ def bush(depth: int = 5) -> dict[str, Any]:
     return top
 
 
-@pytest.mark.parametrize("odd", [Odd(a=1), {10**5000: 1}, {"x": math.nan}, {"m": Unprintable()}, bush(), Unsayable()])
+@pytest.mark.parametrize(
+    "odd", [Odd(a=1), {10**5000: 1}, {"x": math.nan}, {"m": Unprintable()}, bush(), Unsayable()]
+)
 def test_odd_results_and_errors_end_the_task_and_not_the_service(tmp_path: Path, odd: Any) -> None:
     """What a runner returns or raises is handled on the server's own loop, and must not stop it."""
 
@@ -3815,14 +4005,23 @@ def test_odd_results_and_errors_end_the_task_and_not_the_service(tmp_path: Path,
 
 
 def test_restart_goes_on_from_what_was_spent(tmp_path: Path, stored: dict[str, Any]) -> None:
-    """The state's cost is the task's, whichever run it was; null once a part is unknown; /metrics counts it once."""
+    """The state's cost is the task's, whichever run it was; null once a part is unknown; /metrics
+    counts it once.
+    """
     prices = iter([0.5, 0.25, None, 1.0])
 
     def runner(run: Run) -> None:
-        cost = {"prompt_tokens": 10, "completion_tokens": 5, "total_cost": next(prices), "max_budget": 3.0}
+        cost = {
+            "prompt_tokens": 10,
+            "completion_tokens": 5,
+            "total_cost": next(prices),
+            "max_budget": 3.0,
+        }
         run.update(cost={**cost, "completion_tokens": 1})
         run.update(cost=cost)
-        raise RuntimeError(f"spent {run.cost['total_cost']} of which {run.earlier_cost['total_cost']} before")
+        raise RuntimeError(
+            f"spent {run.cost['total_cost']} of which {run.earlier_cost['total_cost']} before"
+        )
 
     with live(runner, tmp_path, **stored) as client:
         task_id = client.create()
@@ -3866,7 +4065,9 @@ def test_delete_races_restart(tmp_path: Path) -> None:
 
 
 def test_cancel_callback_that_fails_is_the_runners_own_problem(tmp_path: Path) -> None:
-    """A cancel is acknowledged, and the run abandoned if need be, whatever the runner's callback does."""
+    """A cancel is acknowledged, and the run abandoned if need be, whatever the runner's callback
+    does.
+    """
 
     def runner(run: Run) -> None:
         run.on_cancel(lambda: 1 / 0)
@@ -3950,7 +4151,9 @@ def test_connecting_to_a_pending_task_costs_one_load_and_a_claim(tmp_path: Path)
 
 
 def test_limits_of_tasks_and_clients(tmp_path: Path) -> None:
-    """More than max_waiting: 429 with Retry-After, and 1013 on a socket; more than max_sockets: 503 and 1013."""
+    """More than max_waiting: 429 with Retry-After, and 1013 on a socket; more than max_sockets: 503
+    and 1013.
+    """
     gate = Gate()
     with live(gate, tmp_path, max_running=1, max_waiting=1, max_sockets=2) as client:
         tasks = [client.create() for _ in range(3)]
@@ -3961,12 +4164,20 @@ def test_limits_of_tasks_and_clients(tmp_path: Path) -> None:
         refused = client.watch(tasks[2])
         assert [message["type"] for message in refused.messages] == ["connected", "state", "error"]
         assert refused.close_code == 1013
-        with client.socket(tasks[0], "types=ERROR") as one, client.socket(tasks[1], "types=ERROR") as two:
+        with (
+            client.socket(tasks[0], "types=ERROR") as one,
+            client.socket(tasks[1], "types=ERROR") as two,
+        ):
             for websocket in (one, two):
                 receive_until(websocket, lambda message: message["type"] == "state")
             third = client.watch(tasks[2])
-            assert (third.messages[0]["data"]["code"], third.close_code) == ("too_many_clients", 1013)
-            stream = client.http.get(f"/api/tasks/{tasks[2]}/events", headers={"Accept": "text/event-stream"})
+            assert (third.messages[0]["data"]["code"], third.close_code) == (
+                "too_many_clients",
+                1013,
+            )
+            stream = client.http.get(
+                f"/api/tasks/{tasks[2]}/events", headers={"Accept": "text/event-stream"}
+            )
             assert (stream.status_code, stream.headers["retry-after"]) == (503, "5")
         gate.go.set()
 
@@ -3990,7 +4201,9 @@ def test_fault_events_before_the_first_watcher_are_lost(tmp_path: Path) -> None:
 
 
 def test_late_client_of_a_long_run_begins_at_the_oldest_event_kept(tmp_path: Path) -> None:
-    """With more events than max_events, a replay from the start is not recovered, and has no hole all the same."""
+    """With more events than max_events, a replay from the start is not recovered, and has no hole
+    all the same.
+    """
     gate = threading.Event()
 
     def runner(run: Run) -> None:
@@ -4036,12 +4249,15 @@ def test_fault_rejoining_a_finished_run_hangs(tmp_path: Path) -> None:
     with live(burst(3), tmp_path) as client:
         task_id = client.create()
         records = [client.watch(task_id) for _ in range(5)]
-        assert {(tuple(record.ids), record.close_code) for record in records} == {((1, 2, 3, 4, 5, 6), 1000)}
+        assert {(tuple(record.ids), record.close_code) for record in records} == {
+            ((1, 2, 3, 4, 5, 6), 1000)
+        }
         assert client.get("/healthz")["clients"] == 0
 
 
 def test_fault_two_speakers_interleave_in_one_message(tmp_path: Path) -> None:
-    """agentscope-java#2500. Tokens of two roles that stream at once keep their role and their call."""
+    """agentscope-java#2500. Tokens of two roles that stream at once keep their role and their call.
+    """
     code = """
 import asyncio, streamer
 def runner(run):
@@ -4121,7 +4337,9 @@ def test_fault_shutdown_hangs_on_an_open_socket(tmp_path: Path) -> None:
 
 
 def test_fault_a_payload_json_cannot_carry_kills_the_stream(tmp_path: Path) -> None:
-    """hermes-agent#97288, python-socketio#1438, xagent PR 256. Each odd payload is an event like any other."""
+    """hermes-agent#97288, python-socketio#1438, xagent PR 256. Each odd payload is an event like
+    any other.
+    """
     odd: list[dict[str, Any]] = [
         {"message": "lone \ud800"},
         {"n": math.nan, "i": math.inf},
@@ -4144,7 +4362,12 @@ def test_fault_a_payload_json_cannot_carry_kills_the_stream(tmp_path: Path) -> N
     messages = [json.loads(text, parse_constant=strict) for text in watcher.texts]
     assert watcher.close_code == 1000
     events = [message["data"] for message in messages if message["type"] == "event"]
-    assert [event["event_type"] for event in events] == ["TASK_START", *["MESSAGE"] * 6, "RESULT", "TASK_COMPLETE"]
+    assert [event["event_type"] for event in events] == [
+        "TASK_START",
+        *["MESSAGE"] * 6,
+        "RESULT",
+        "TASK_COMPLETE",
+    ]
     assert all(isinstance(event["payload"]["message"], str) for event in events)
     assert events[5]["payload"]["truncated"] is True
     assert messages[-1]["data"]["status"] == "SUCCEEDED"
@@ -4169,15 +4392,24 @@ def test_fault_finished_runs_are_kept_for_ever(tmp_path: Path) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("seed", range(30))
 async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
-    """Random publishing, subscribing at any cursor, slow reading, dropping, filtering and ending, against a model."""
+    """Random publishing, subscribing at any cursor, slow reading, dropping, filtering and ending,
+    against a model.
+    """
     print("seed", seed)  # shown when it fails
     chance = random.Random(seed)
-    settings: dict[str, Any] = {"subscriber_buffer": chance.choice([1, 2, 7, 256]), "max_events": 10_000}
+    settings: dict[str, Any] = {
+        "subscriber_buffer": chance.choice([1, 2, 7, 256]),
+        "max_events": 10_000,
+    }
     broker = await new_broker(**settings)
-    published: list[int] = []  # the model: a client gets every event above its cursor, in order, then the end
+    published: list[
+        int
+    ] = []  # the model: a client gets every event above its cursor, in order, then the end
     checked = 0
 
-    async def client(after: int, types: frozenset[EventType] | None, lives: int, ready: bool) -> None:
+    async def client(
+        after: int, types: frozenset[EventType] | None, lives: int, ready: bool
+    ) -> None:
         nonlocal checked
         subscription, seen, states = broker.subscribe(after, types), [], 0
         if ready:
@@ -4220,15 +4452,22 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
                     after = chance.choice([0, len(published), chance.randrange(len(published) + 1)])
                     types = chance.choice([None, frozenset({EventType.MESSAGE})])
                     lives = chance.choice([3, 10**9, 10**9])
-                    group.start_soon(client, after, types, lives, types is None and chance.random() < 0.5)
+                    group.start_soon(
+                        client, after, types, lives, types is None and chance.random() < 0.5
+                    )
                     clients += 1
                 case 1:
                     await anyio.lowlevel.checkpoint()
                 case _:
                     batch = range(len(published), len(published) + chance.randrange(1, 12))
-                    kinds = [EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG for number in batch]
+                    kinds = [
+                        EventType.MESSAGE if (number + 1) % 3 == 0 else EventType.LOG
+                        for number in batch
+                    ]
                     published.extend(batch)
-                    await broker.publish([make_draft(n, kind) for n, kind in zip(batch, kinds, strict=True)])
+                    await broker.publish(
+                        [make_draft(n, kind) for n, kind in zip(batch, kinds, strict=True)]
+                    )
         await end_task(broker)
     assert checked == clients
     assert broker.subscriptions == set()
