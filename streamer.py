@@ -185,7 +185,8 @@ def _setting(
     default: Any, help: str, low: float | None = None, secret: bool = False, group: str = ""
 ) -> Any:
     """`group` is the heading that begins here in the command line's help."""
-    return field(default=default, metadata={"help": help, "low": low, "group": group}, repr=not secret)
+    metadata = {"help": help, "low": low, "group": group}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -829,7 +830,7 @@ OPTIONS: Mapping[str, Option] = {
 def parse_options(
     given: Any, task_timeout: float, named: Callable[[str], str] = "options.{}".format
 ) -> dict[str, Any]:
-    """All of OPTIONS, with defaults. Raises InvalidRequest that names the option, as `named` does."""
+    """All of OPTIONS, with defaults. Raises InvalidRequest, which names the option by `named`."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
     unknown = sorted(set(given) - set(OPTIONS))
@@ -2543,12 +2544,44 @@ def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
                     yield jsonable(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
 
 
-# The scripted team of test mode: role, action, progress when it is done, the file it writes, its text.
-PRD = "# Requirements\n\nRequest: {prompt}\n\n- As a user I see my entries.\n- As a user I add and remove one.\n"
-DESIGN = "# Design\n\nOne module, app.py, standard library only.\n\n- `ENTRIES`: what is kept.\n- A loop prints it.\n"
-TASKS = "# Tasks\n\n1. app.py: the entries, then the loop.\n\nNo packages are needed and nothing is shared.\n"
-CODE = 'ENTRIES = ["read the PRD", "write code"]\n\nfor index, entry in enumerate(ENTRIES):\n    print(index, entry)\n'
-TEST = 'import runpy\n\n\ndef test_app_runs():\n    runpy.run_path("src/app.py")\n'
+# What the scripted team of test mode writes.
+PRD = """\
+# Requirements
+
+Request: {prompt}
+
+- As a user I see my entries.
+- As a user I add and remove one.
+"""
+DESIGN = """\
+# Design
+
+One module, app.py, standard library only.
+
+- `ENTRIES`: what is kept.
+- A loop prints it.
+"""
+TASKS = """\
+# Tasks
+
+1. app.py: the entries, then the loop.
+
+No packages are needed and nothing is shared.
+"""
+CODE = """\
+ENTRIES = ["read the PRD", "write code"]
+
+for index, entry in enumerate(ENTRIES):
+    print(index, entry)
+"""
+TEST = """\
+import runpy
+
+
+def test_app_runs():
+    runpy.run_path("src/app.py")
+"""
+# Role, action, progress when it is done, the file it writes, its text.
 SCRIPT: Sequence[tuple[str, str, float, str, str]] = (
     ("ProductManager", "WritePRD", 0.25, "docs/prd.md", PRD),
     ("Architect", "WriteDesign", 0.45, "docs/system_design.md", DESIGN),
@@ -2586,8 +2619,14 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
         cost = {**cost, "completion_tokens": cost["completion_tokens"] + len(pieces)}
         run.update(cost=cost, progress=progress)
         to = [team[index + 1][0] if index + 1 < len(team) else "<all>"]
-        message = {"message": f"{role} to {to[0]}: {path}", "content": text, "cause_by": action, "sent_from": role}
-        run.emit("MESSAGE", {**message, "send_to": to}, role)
+        message = {
+            "message": f"{role} to {to[0]}: {path}",
+            "content": text,
+            "cause_by": action,
+            "sent_from": role,
+            "send_to": to,
+        }
+        run.emit("MESSAGE", message, role)
         run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
     result = {"mode": "test", "end_reason": "idle", "rounds": len(team)}
     return {**result, "files": run.report_files(), "cost": run.cost}
@@ -2599,8 +2638,8 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
 
 # What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
 
-# What MetaGPT needs for an `llm.api_type`: its module in metagpt.provider, the module of the vendor's
-# SDK, the package that has it. Types that are not listed are served by OPENAI.
+# What MetaGPT needs for an `llm.api_type`: its module in metagpt.provider, the module of the
+# vendor's SDK, the package that has it. Types that are not listed are served by OPENAI.
 OPENAI = ("openai_api", "openai", "openai")
 VENDORS: Mapping[str, tuple[str, str, str]] = {
     "anthropic": ("anthropic_api", "anthropic", "anthropic"),
@@ -2616,8 +2655,8 @@ VENDORS: Mapping[str, tuple[str, str, str]] = {
     "bedrock": ("bedrock_api", "boto3", "boto3"),
     "ark": ("ark_api", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
 }
-NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where they are not
-OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's
+NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where
+they are not OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's
 ~/.metagpt/config2.yaml, or see a scripted team with --test-mode"""
 # The server of each api_type, so that it is never the default of MetaGPT, OpenAI's for all of them.
 # Empty: the vendor's SDK knows it.
@@ -2652,7 +2691,7 @@ NUMBERS = ("max_token", "timeout", "temperature", "top_p")
 
 
 def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    """MetaGPT's configuration: its config2.yaml files, merged as it does, or the environment's keys.
+    """MetaGPT's configuration: its config2.yaml files, merged as it does, or the keys of `environ`.
 
     The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
     wins. Raises SettingsError, which names the setting, for a model that cannot work.
@@ -2893,7 +2932,8 @@ ENGINE_NAMES: Mapping[str, str] = {
     "Timeout": "openai",
     "TransportError": "httpx2",  # of what the SDKs of OpenAI and Anthropic are built on
 }
-_engine: types.SimpleNamespace | None = None  # imported once for the process, as MetaGPT's hooks are its own
+# Imported once for the process, as MetaGPT's hooks are the process's own.
+_engine: types.SimpleNamespace | None = None
 _engine_lock = threading.Lock()
 
 
@@ -3100,14 +3140,16 @@ _speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
 
 
 def _route_output(engine: types.SimpleNamespace) -> None:
-    """Sends tokens and log records, which MetaGPT prints for all runs alike, to the task they come from."""
+    """Sends tokens and log records, which MetaGPT prints, to the task that they come from."""
 
     def log(message: Any) -> None:
-        if speaker := _speaker.get():
+        speaker = _speaker.get()
+        if speaker is not None:
             speaker.team.log(message.record["level"].name, message.record["message"])
 
     def token(text: str) -> None:
-        if (speaker := _speaker.get()) and speaker.call:
+        speaker = _speaker.get()
+        if speaker is not None and speaker.call is not None:
             speaker.call.take(Chunk(text))
 
     engine.loguru.add(log, level="INFO", format="{message}", backtrace=False, diagnose=False)
@@ -3333,7 +3375,7 @@ def _mend_model_requests(engine: types.SimpleNamespace) -> None:
 
 
 def _address_models(engine: types.SimpleNamespace) -> None:
-    """Sends what is asked of a model to its own vendor, through the proxy that its settings name."""
+    """Sends what is asked of a model to its own vendor, by the proxy that its settings name."""
     get_provider = engine.LLM_REGISTRY.get_provider
 
     def make(api_type: Any, config: Any) -> Any:
@@ -3371,7 +3413,7 @@ def _twin(node: Any) -> Any:
 
 
 class _GiveUp(BaseException):
-    """Ends a run from inside MetaGPT, which tries again after every Exception, six times, for minutes."""
+    """Ends a run from inside MetaGPT, which tries six times, for minutes, after any Exception."""
 
 
 class _RoleFailed(_GiveUp):
@@ -3998,24 +4040,30 @@ def estimate_tokens(text: str) -> int:
 
 
 # The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
-STAGES: Mapping[str, float] = {"PrepareDocuments": 0.02, "WritePRD": 0.2, "WriteDesign": 0.4, "WriteTasks": 0.5}
+STAGES: Mapping[str, float] = {
+    "PrepareDocuments": 0.02,
+    "WritePRD": 0.2,
+    "WriteDesign": 0.4,
+    "WriteTasks": 0.5,
+}
 
 
 class _Team:
     """MetaGPT's software company at work on one task; everything it does is reported to the run."""
 
     def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
-        self.engine, self.run = engine, run
+        self.engine = engine
+        self.run = run
         self.models: list[Any] = []
         self.requests: list[_ModelRequest] = []  # that are not answered
         self._shown_waiting: tuple[Any, ...] = ()
         self.files_coded = 0
         config = engine.config.model_copy(deep=True)
-        # Left without a project name, MetaGPT takes the model's, and deletes the folder that has it.
-        config.update_via_cli("", run.options["project_name"] or _project_name(run.prompt), False, "", 0)
+        # Without a name MetaGPT takes the model's, and deletes the folder that has it.
+        project_name = run.options["project_name"] or _project_name(run.prompt)
+        config.update_via_cli("", project_name, False, "", 0)
         config.workspace.path = run.workspace
-        if config.mermaid.engine == "nodejs" and not shutil.which(config.mermaid.path):
-            config.mermaid.engine = "none"  # it would complain on stderr, at every diagram
+        config.mermaid.engine = "none"  # it starts a program, by a shell, with names in the command
         self.price_known = True  # of every model that was used
         self.costs = engine.CostManager()
         self._wrap(self.costs, "update_cost", self._book)
@@ -4024,15 +4072,21 @@ class _Team:
         self._wrap(self.context, "new_environ", self._clean_environ)
         self.team = engine.Team(context=self.context)
         self._wrap(self.team.env, "publish_message", self._publish)
-        self.roles = [self._hire(name) for name in ("ProductManager", "Architect", "ProjectManager")]
+        self.roles = [
+            self._hire("ProductManager"),
+            self._hire("Architect"),
+            self._hire("ProjectManager"),
+        ]
         if run.options["implement"]:
-            self.roles.append(self._hire("Engineer", n_borg=5, use_code_review=run.options["code_review"]))
+            review = run.options["code_review"]
+            self.roles.append(self._hire("Engineer", n_borg=5, use_code_review=review))
         if run.options["implement"] and run.options["run_tests"]:
             self.roles.append(self._hire("QaEngineer"))
         self.team.invest(run.options["investment"])
 
     def _hire(self, name: str, **options: Any) -> Any:
-        role, speaker = getattr(self.engine.roles, name)(context=self.context, **options), _Speaker(self, name)
+        role = getattr(self.engine.roles, name)(context=self.context, **options)
+        speaker = _Speaker(self, name)
         self._wrap(role, "_observe", partial(self._speaking, speaker))
         self._wrap(role, "react", partial(self._speaking, speaker))
         self._wrap(role, "_act", partial(self._act, speaker, role))
@@ -4043,31 +4097,37 @@ class _Team:
 
     def _wrap(self, target: Any, name: str, around: Callable[..., Any]) -> None:
         """Puts `around(original, …)` in the place of a method, on this instance alone."""
-        object.__setattr__(target, name, partial(around, getattr(target, name)))  # pydantic refuses setattr
+        wrapped = partial(around, getattr(target, name))
+        object.__setattr__(target, name, wrapped)  # pydantic refuses setattr
 
     async def work(self) -> Mapping[str, Any]:
         """Drives the rounds itself: Team.run swallows every error."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
 
         def stop() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the work has ended
-                loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+                loop.call_soon_threadsafe(task.cancel)
 
         self.run.on_cancel(stop)
-        options, done = self.run.options, 0
-        rounds = max(options["n_round"], 8) if options["run_tests"] else options["n_round"]  # MetaGPT's own rule
+        rounds = self.run.options["n_round"]
+        if self.run.options["run_tests"]:
+            rounds = max(rounds, 8)  # MetaGPT's own rule
+        done = 0
         self.report_cost()
         try:
             self.team.run_project(self.run.prompt)
             while done < rounds and not self.team.env.is_idle:
                 await self.team.env.run()
                 done += 1
-            # `is_idle` looks at messages read in the last round, this at those that a next one would find.
+            # `is_idle` looks at messages of the last round, this at those a next one would find.
             idle = not any([await role._observe() for role in self.roles])
             self.team.env.archive()
         finally:
             for model in self.models:
-                if close := getattr(model.aclient, "close", None):
+                close = getattr(model.aclient, "close", None)
+                if close is not None:
                     await close()
         result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
         return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
@@ -4087,15 +4147,19 @@ class _Team:
             self.run.emit(EventType.ERROR, payload, speaker.role)
             raise _RoleFailed(reason) from error
 
-    async def _act(self, speaker: _Speaker, role: Any, original: Callable[[], Awaitable[Any]]) -> Any:
-        name, started = speaker.role, time.monotonic()
+    async def _act(
+        self, speaker: _Speaker, role: Any, original: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        name = speaker.role
         action = speaker.action = type(role.rc.todo).__name__
-        self.run.emit(EventType.AGENT_START, {"message": f"{name} starts {action}", "action": action}, name)
+        started = time.monotonic()
+        payload = {"message": f"{name} starts {action}", "action": action}
+        self.run.emit(EventType.AGENT_START, payload, name)
         result = await original()
         self.run.report_files(name)
         seconds = round(time.monotonic() - started, 1)
-        payload = {"message": f"{name} finished {action} in {seconds} s", "action": action, "seconds": seconds}
-        self.run.emit(EventType.AGENT_COMPLETE, payload, name)
+        payload = {"message": f"{name} finished {action} in {seconds} s", "action": action}
+        self.run.emit(EventType.AGENT_COMPLETE, {**payload, "seconds": seconds}, name)
         speaker.action = None
         return result
 
@@ -4107,10 +4171,12 @@ class _Team:
 
     def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
         speaker = _speaker.get()
-        sender, to = (speaker.role if speaker else "Human"), sorted(_class_name(name) for name in message.send_to)
+        sender = speaker.role if speaker else "Human"
+        to = sorted(_class_name(name) for name in message.send_to)
         documents = dict.fromkeys(re.findall(r'"filename":"([^"]+)"', message.content))
+        about = ", ".join(documents) or self.run.redact(message.content)[:200]
         payload = {
-            "message": f"{sender} to {', '.join(to)}: {', '.join(documents) or self.run.redact(message.content)[:200]}",
+            "message": f"{sender} to {', '.join(to)}: {about}",
             "content": message.content,
             "cause_by": _class_name(message.cause_by),
             "sent_from": sender,
@@ -4173,7 +4239,8 @@ class _Team:
 
     def check_budget(self) -> None:
         """Ends the run once the task, with its earlier runs, has spent what its options allow."""
-        options, cost = self.run.options, self.run.cost
+        options = self.run.options
+        cost = self.run.cost
         dollars = (self.run.earlier_cost["total_cost"] or 0) + self.costs.total_cost
         tokens = cost["prompt_tokens"] + cost["completion_tokens"]
         token_budget = options.get("token_budget")
@@ -6135,7 +6202,8 @@ def flag_usage(name: str, default: Any) -> str:
         return flag_of(f"no_{name}" if default else name)
     if default in ("", (), None):
         return f"{flag_of(name)}={name.split('_')[-1].upper()}"
-    return f"{flag_of(name)}={default:g}" if type(default) is float else f"{flag_of(name)}={default}"
+    shown = f"{default:g}" if type(default) is float else default
+    return f"{flag_of(name)}={shown}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -6216,7 +6284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "run":
             return _run(settings, prompts[0], options, arguments.json)
         if options:
-            raise SettingsError(f"{flag_of(min(options))} is for a task: use it with run, or POST it")
+            flag = flag_of(min(options))
+            raise SettingsError(f"{flag} is for a task: use it with run, or POST it")
         return _serve(settings)
     except (SettingsError, InvalidRequest) as error:
         print(f"streamer: {error}", file=sys.stderr)
@@ -6262,7 +6331,7 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
 
 
 def _exit_code_of(error: BaseException) -> int:
-    """What Ctrl-C and a closed pipe, alone or grouped, end the command with; raises anything else."""
+    """What Ctrl-C or a closed pipe, alone or in a group, ends the command with; or raises."""
     group = BaseExceptionGroup("", [error])
     others = group.split((KeyboardInterrupt, BrokenPipeError))[1]
     if others is not None:
@@ -6377,7 +6446,7 @@ class Screen(Transcript):
         self._live = live(get_renderable=self._below, refresh_per_second=10)
 
     def _below(self) -> Any:
-        """Always of one height: rich refreshes it in a thread of its own while lines are printed."""
+        """Always of one height: rich refreshes it in its own thread while lines are printed."""
         width = self._display.console.width
         end = self._rest[-width if self._rest.isascii() else -width // 2 :].replace("\t", " ")
         open_line = self._text(end, style=self._style, no_wrap=True, overflow="crop")
