@@ -2743,6 +2743,7 @@ BODIES: list[tuple[bytes, list[Any]]] = [
     (b'\xef\xbb\xbfdata: {"a": 1}\r\n\r\ndata:{"b": 2}\r\n\r\n', [{"a": 1}, {"b": 2}]),
     (b': alive\n\nevent: x\nid: 7\nretry: 9\ndata: {"a":\ndata: 1}\n\n', [{"a": 1}]),
     (b'data: {"a": 1}', [{"a": 1}]),  # the body ends with it
+    (b'event: ping\ndata: {"type": "ping"}\n\n', []),  # its server lives, its model is silent
     (DONE + sse({"a": 1}), [None]),
     (b'{"a": 1}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
     (b'{\n  "a": {\n    "b": 1\n  }\n}', [{"a": {"b": 1}}]),
