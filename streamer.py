@@ -6265,6 +6265,8 @@ def check_workspace(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code, which HELP explains."""
+    if sys.version_info >= (3, 14):
+        print("streamer: tried on Python 3.11, 3.12 and 3.13; this one is newer", file=sys.stderr)
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.help or arguments.version:

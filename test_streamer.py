@@ -739,6 +739,15 @@ def test_older_python_is_told_what_to_type(tmp_path: Path, version: str) -> None
     assert "pip install --no-deps --ignore-requires-python -r requirements.txt" in line
 
 
+def test_newer_python_is_not_refused(tmp_path: Path) -> None:
+    """It is told what was tried, and works."""
+    code = "import sys, streamer; sys.version_info = (3, 14, 0); sys.exit(streamer.main(['--version']))"
+    with process("-c", code, cwd=tmp_path) as command:
+        assert command.wait() == 0
+    assert command.errors == ["streamer: tried on Python 3.11, 3.12 and 3.13; this one is newer\n"]
+    assert command.output == f"streamer {streamer.__version__}\n".encode()
+
+
 @pytest.mark.parametrize(
     ("package", "arguments", "problem"),
     [
