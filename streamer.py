@@ -4345,7 +4345,7 @@ def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> Mo
     body = getattr(error, "body", None)
     status = getattr(error, "status_code", getattr(error, "status", None))
     if names & {"NotACompletion", "APIResponseValidationError"}:
-        words = _quoted(body or error_text(error), secrets)
+        words = _one_line(body or error_text(error), secrets)
         return ModelFault(
             f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
         )
@@ -4363,7 +4363,7 @@ def _refusal(
     """What an error object means, and the setting to change."""
     found = _error_object(body)
     code = str(found.get("code") or found.get("type") or "")
-    words = _quoted(body, secrets)
+    words = _one_line(body, secrets)
     if not isinstance(status, int) or status < 400:
         status = _deduced_status(found, words)
     server = _server(config)
@@ -4411,7 +4411,7 @@ def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
     text = error_text(cause)
     if isinstance(cause, ConnectionError) and cause.errno:
         text = os.strerror(cause.errno)
-    text = _quoted(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
+    text = _one_line(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
     server = _server(config)
     proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
     if names & GARBLED:
@@ -4489,7 +4489,7 @@ def server_words(body: object, levels: int = 6) -> str:
     return str(jsonable(body, 300)) if body else ""
 
 
-def _quoted(body: object, secrets: Sequence[str]) -> str:
+def _one_line(body: object, secrets: Sequence[str]) -> str:
     """What the server said, on one line, without secrets, at most 300 characters."""
     text = " ".join(redact(server_words(body), secrets).split())
     return text if len(text) <= 300 else f"{text[:299]}…"
@@ -6372,7 +6372,7 @@ class Transcript(contextlib.AbstractContextManager[None]):
     def show(self, message: Mapping[str, Any]) -> None:
         data = message["data"]
         kind = data["event_type"] if message["type"] == "event" else message["type"]
-        if kind in (EventType.TOKEN, "REASONING"):
+        if kind in (EventType.TOKEN, EventType.REASONING):
             self.stream(kind, data["payload"].get("call_id"), printable(data["payload"]["message"]))
         elif kind == "state":
             self.state(data)
@@ -6877,35 +6877,37 @@ function add(mine, event, added) {
     if (type === "AGENT_START") bars.push({from: at, action: payload.action || ""});
   }
   if (type === "ARTIFACT") files.due = true;
-  const call = payload.call_id ?? role;
-  if (type === "TOKEN" && mine.calls.has(call)) {
+  const streams = type === "TOKEN" || type === "REASONING";
+  const call = type + (payload.call_id ?? role);
+  if (streams && mine.calls.has(call)) {
     mine.calls.get(call).appendData(payload.message);
     return;
   }
-  if (type !== "TOKEN") mine.calls.delete(role);
+  if (!streams) mine.calls.delete("TOKEN" + role);
   const head = [el("time", {dateTime: timestamp}, new Date(at).toLocaleTimeString()), " "];
   if (role) head.push(tint(el("span", {className: "role"}, role), role), " ");
   const line = el("li", {className: type});
-  if (type === "TOKEN") {
+  if (streams) {
     const growing = new Text(payload.message);
     mine.calls.set(call, growing);
-    const action = el("span", {className: "dim"}, payload.action || "says");
-    line.append(fold(true, [...head, action], growing));
+    const doing = type === "REASONING" ? "thinks" : payload.action || "says";
+    const action = el("span", {className: "dim"}, doing);
+    line.append(fold(type === "TOKEN", [...head, action], growing));
   } else if (type === "MESSAGE" && payload.content) {
-    line.append(fold(false, [...head, error_text(payload, role)], payload.content));
+    line.append(fold(false, [...head, wording(payload, role)], payload.content));
   } else if (type === "ARTIFACT" && payload.change !== "deleted"
              && typeof payload.path === "string") {
     const onclick = () => show(payload.path);
     line.append(...head, el("button", {className: "plain", onclick}, payload.message));
   } else {
-    line.append(...head, error_text(payload, role));
+    line.append(...head, wording(payload, role));
   }
   added.append(tint(line, role));
 }
 function stop(bars, at) {
   if (bars.length && !bars.at(-1).to) bars.at(-1).to = at;
 }
-function error_text({message}, role) {  // the role stands before it already
+function wording({message}, role) {  // the role stands before it already
   const named = role && message.startsWith(role + " ");
   return el("span", {dir: "auto"}, named ? message.slice(role.length + 1) : message);
 }
