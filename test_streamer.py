@@ -4292,7 +4292,7 @@ streamer.serve(streamer.create_app(settings, runner=runner), settings)
         calls[event["agent_role"], event["payload"]["call_id"]] += event["payload"]["message"]
     said = sorted((role, text) for (role, _), text in calls.items())
     roles = ("Architect", "Architect", "Engineer")
-    assert said == [(role, f"```python\nprint('[mark={role}]')\n```\n") for role in roles]
+    assert said == [(role, f"```python\nprint('[mark={role}]')\n```") for role in roles]
 
 
 @pytest.mark.anyio
