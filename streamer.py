@@ -508,27 +508,40 @@ def envelope(kind: str, data: Mapping[str, Any] | str) -> str:
     return f'{{"type":"{kind}","data":{text}}}'
 
 
-def text_frame(message: str) -> bytes:
+def _frame_head(size: int) -> bytes:
     """RFC 6455, 5.2: what a server sends is not masked, so that one frame does for all clients."""
-    payload = message.encode()
-    size = len(payload)
     if size < 126:
-        return struct.pack("!BB", 0x81, size) + payload
+        return struct.pack("!BB", 0x81, size)
     if size < 65536:
-        return struct.pack("!BBH", 0x81, 126, size) + payload
-    return struct.pack("!BBQ", 0x81, 127, size) + payload
+        return struct.pack("!BBH", 0x81, 126, size)
+    return struct.pack("!BBQ", 0x81, 127, size)
+
+
+def text_frame(message: str) -> bytes:
+    """One message, as it is written to every client."""
+    payload = message.encode()
+    return _frame_head(len(payload)) + payload
+
+
+EVENT_START, EVENT_END = envelope("event", "|").encode().split(b"|")
+
+
+@functools.lru_cache(maxsize=4096)
+def _event_head(size: int) -> bytes:
+    """What is before an event's data in its frame."""
+    return _frame_head(len(EVENT_START) + size + len(EVENT_END)) + EVENT_START
 
 
 class Event(NamedTuple):
-    """One entry of a task's log: its number, its type, and the JSON text that clients get."""
+    """One entry of a task's log: its number, its type, and the JSON that clients get, in UTF-8."""
 
     id: int
     type: EventType
-    data: str
+    data: bytes
 
     @property
     def message(self) -> str:
-        return envelope("event", self.data)
+        return envelope("event", self.data.decode())
 
 
 class Batch(tuple[Event, ...]):
@@ -540,7 +553,10 @@ class Batch(tuple[Event, ...]):
     @property
     def frames(self) -> bytes:
         if self._frames is None:
-            self._frames = b"".join([text_frame(event.message) for event in self])
+            parts: list[bytes] = []
+            for event in self:
+                parts += (_event_head(len(event.data)), event.data, EVENT_END)
+            self._frames = b"".join(parts)
         return self._frames
 
     @property
@@ -566,7 +582,7 @@ class Draft(NamedTuple):
             f'{{"event_id":{event_id},"task_id":"{task_id}","timestamp":"{self.timestamp}",'
             f'"agent_role":{role},"event_type":"{self.type.value}","payload":{self.payload}}}'
         )
-        return Event(event_id, self.type, data)
+        return Event(event_id, self.type, data.encode())
 
 
 def now(at: float | None = None) -> str:
@@ -739,8 +755,7 @@ def price_text(dollars: object, budget: float | None = None) -> str:
     return f"${dollars:.4f}" if budget is None else f"${dollars:.4f} of ${budget:.2f}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskState:
+class TaskState(NamedTuple):
     """Where a task is now: the `state` message."""
 
     task_id: str
@@ -753,7 +768,7 @@ class TaskState:
     completed_at: str | None = None
     error_message: str | None = None
     final_result: Mapping[str, Any] | None = None
-    cost: Mapping[str, Any] = field(default_factory=lambda: NO_COST)  # of all of the task's runs
+    cost: Mapping[str, Any] = NO_COST  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
 
     def after(
@@ -770,10 +785,10 @@ class TaskState:
         if "progress" in changes:  # never falls while a run lasts
             progress = round(min(changes["progress"], 1.0), 3)
             values["progress"] = max(self.progress, progress)
-        return replace(self, **values)
+        return self._replace(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        data = dict(vars(self))
+        data = self._asdict()
         del data["waiting"]
         if self.waiting is not None:
             role, action, since = self.waiting
@@ -883,7 +898,7 @@ class Record(NamedTuple):
 
 
 def _dump(value: Task | TaskState) -> str:
-    return encode(vars(value))
+    return encode(vars(value) if isinstance(value, Task) else value._asdict())
 
 
 def _load(task_text: str, state_text: str, *, first_event_id: int = 1) -> Record:
@@ -1274,8 +1289,8 @@ class SqliteStore(MemoryStore):
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
         query = """
-        SELECT event_id, event_type, data FROM events WHERE task_id = ? AND event_id > ?
-        ORDER BY event_id
+        SELECT event_id, event_type, CAST(data AS BLOB) FROM events
+        WHERE task_id = ? AND event_id > ? ORDER BY event_id
         """
 
         def read(db: sqlite3.Connection) -> list[Event]:
@@ -1328,7 +1343,7 @@ class SqliteStore(MemoryStore):
             task, state, _ = record
             saved = (task.id, task.status, task.updated_at, _dump(task), _dump(state))
             db.execute(self.SAVE, saved)
-            rows = [(task.id, event.id, event.type, event.data) for event in events]
+            rows = [(task.id, event.id, event.type, event.data.decode()) for event in events]
             db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
             dropped = state.last_event_id - self._settings.max_events
             if dropped > 0:
@@ -1734,7 +1749,7 @@ class RedisStore(Store):
             average = sum(len(entry["data"]) for _, entry in found) / len(found)
             self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
         return [
-            Event(int(key.removesuffix("-0")), EventType(entry["type"]), entry["data"])
+            Event(int(key.removesuffix("-0")), EventType(entry["type"]), entry["data"].encode())
             for key, entry in found
         ]
 
@@ -2004,17 +2019,17 @@ class Broker:
             events = Batch(await self.store.read(self.task.id, last, Subscription.PAGE))
             if not events:
                 return
-            state = replace(self.state, last_event_id=events[-1].id)
+            state = self.state._replace(last_event_id=events[-1].id)
             if events[0].id != last + 1:  # too old to be kept: each client finds that it lags
                 events = NO_EVENTS
             self._adopt(state, events, self.task)
-        state = replace(record.state, last_event_id=self.state.last_event_id)
+        state = record.state._replace(last_event_id=self.state.last_event_id)
         self._adopt(state, NO_EVENTS, record.task)
 
     # Handing over
 
     def _adopt(self, state: TaskState, events: Batch, task: Task) -> None:
-        unchanged = replace(self.state, last_event_id=state.last_event_id)
+        unchanged = self.state._replace(last_event_id=state.last_event_id)
         changed = state != unchanged or task.status != self.task.status
         self.task = task
         self.state = state
@@ -2329,14 +2344,15 @@ class Outbox:
         self.finished = False
         self._reports: deque[Report] = deque()
         self._chars = 0
-        self._room = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._wake: Callable[[], object] = lambda: None
         self._awake = False  # whoever takes knows that there is something
         self._taker = 0  # its thread
 
     def attach(self, wake: Callable[[], object]) -> None:
         """Has `wake` called, in any thread, when there is something to take in this one."""
-        with self._room:
+        with self._lock:
             self._wake = wake
             self._awake = True
             self._taker = threading.get_ident()
@@ -2344,7 +2360,7 @@ class Outbox:
 
     def put(self, report: Report) -> None:
         size = len(report.payload) if isinstance(report, Draft) else 0
-        with self._room:
+        with self._lock:
             # Who empties it must not wait for itself: a callback of a cancel may report too.
             while self._full and not self.finished and threading.get_ident() != self._taker:
                 self._room.wait()
@@ -2359,7 +2375,7 @@ class Outbox:
 
     def take(self) -> list[Report]:
         """The next reports, in order; where there are none, `wake` tells of more."""
-        with self._room:
+        with self._lock:
             was_full = self._full
             taken = [self._reports.popleft() for _ in range(min(self.BATCH, len(self._reports)))]
             self._chars -= sum(len(item.payload) for item in taken if isinstance(item, Draft))
@@ -2371,7 +2387,7 @@ class Outbox:
 
     def finish(self) -> None:
         """What is reported from now on goes nowhere."""
-        with self._room:
+        with self._lock:
             self.finished = True
             self._room.notify_all()
         self._call_wake()
@@ -5472,7 +5488,8 @@ async def get_events(request: Request) -> Response:
     last = events[-1].id if events else min(after, state.last_event_id)
     wanted = [event.data for event in events if types is None or event.type in types]
     more = encode(last < state.last_event_id)
-    text = f'{{"events":[{",".join(wanted)}],"last_event_id":{last},"has_more":{more}}}'
+    found = b",".join(wanted).decode()
+    text = f'{{"events":[{found}],"last_event_id":{last},"has_more":{more}}}'
     return Response(text, media_type="application/json")
 
 

@@ -1071,7 +1071,7 @@ async def finish(
     claim = await claimed(store, task_id)
     task, state, _ = claim.record
     ended = dataclasses.replace(task, status=status)
-    await claim.write(dataclasses.replace(state, status=status), (), ended)
+    await claim.write(state._replace(status=status), (), ended)
 
 
 @pytest.mark.anyio
@@ -1093,8 +1093,8 @@ async def test_store_keeps_what_is_written(stored: dict[str, Any]) -> None:
         assert claim.record == (task, state, 1)
         assert await store.claim("a", {TaskStatus.PENDING}) is None
         waiting = ("Engineer", "WriteCode", 1.5)
-        running = dataclasses.replace(
-            state, status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5
+        running = state._replace(
+            status=TaskStatus.RUNNING, last_event_id=3, waiting=waiting, progress=0.5
         )
         events = numbered(1, 3)
         await claim.write(running, events, task.to(TaskStatus.RUNNING))
@@ -1102,7 +1102,7 @@ async def test_store_keeps_what_is_written(stored: dict[str, Any]) -> None:
         assert (await store.load("a")).task.status is TaskStatus.RUNNING
         assert list(await store.read("a", 1, 1)) == events[1:2]
         assert list(await store.read("a", 0, 9)) == events
-        await claim.write(dataclasses.replace(running, last_event_id=4), numbered(4, 1))
+        await claim.write(running._replace(last_event_id=4), numbered(4, 1))
         assert [event.id for event in await store.read("a", 2, 9)] == [3, 4]
         await store.forget("a")
         with pytest.raises(streamer.TaskNotFound):
@@ -1131,7 +1131,7 @@ async def test_store_claim_is_the_right_to_write(stored: dict[str, Any]) -> None
         await second.release()
         await finish(store, "a")
         with pytest.raises(streamer.LeaseLost):
-            await second.write(dataclasses.replace(state, last_event_id=2), numbered(2, 1))
+            await second.write(state._replace(last_event_id=2), numbered(2, 1))
         assert [event.id for event in await store.read("a", 0, 9)] == [1]
 
 
@@ -1168,7 +1168,7 @@ async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> N
 async def start_stored(store: streamer.Store, task_id: str) -> streamer.Claim:
     claim = await claimed(store, task_id)
     task, state, _ = claim.record
-    running = dataclasses.replace(state, status=TaskStatus.RUNNING, last_event_id=1)
+    running = state._replace(status=TaskStatus.RUNNING, last_event_id=1)
     await claim.write(running, numbered(1, 1, task_id), task.to(TaskStatus.RUNNING))
     return claim
 
@@ -1835,7 +1835,7 @@ async def test_redis_cancel_is_what_the_holder_answers(redis_server: RedisServer
                     await holder.pause(0.1)
                     await holder.sweep()
             task, state, _ = await holder.load("b")
-            ended = dataclasses.replace(state, status=TaskStatus.SUCCEEDED)
+            ended = state._replace(status=TaskStatus.SUCCEEDED)
             await ending.write(ended, (), task.to(TaskStatus.SUCCEEDED))
         assert found == {"a": True, "b": False}
         assert told == [streamer.CancelAsked(), streamer.CancelAsked()]
