@@ -102,6 +102,7 @@ import time
 import types
 import unicodedata
 import uuid
+import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import (
@@ -343,7 +344,7 @@ def flag_of(name: str) -> str:
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
     """Says that `name` is not among the known ones, and which of them is most like it."""
-    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"{name} is unknown" + (f" (did you mean {likely[0]}?)" if likely else "")
 
 
@@ -5261,6 +5262,13 @@ class Supervisor:
 # -----------------------------------------------------------------------------
 
 
+class JSONLine(JSONResponse):
+    """JSON that ends its line, so that a shell's prompt does not stand behind it."""
+
+    def render(self, content: Any) -> bytes:
+        return super().render(content) + b"\n"
+
+
 def _supervisor(connection: HTTPConnection) -> Supervisor:
     supervisor: Supervisor = connection.app.state.supervisor
     return supervisor
@@ -5429,7 +5437,7 @@ async def create_task(request: Request) -> Response:
         raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
     task, created = await supervisor.submit(prompt, title, options, key)
     location = request.url_for("task", task_id=task.id).path
-    return JSONResponse(asdict(task), 201 if created else 200, {"Location": location})
+    return JSONLine(asdict(task), 201 if created else 200, {"Location": location})
 
 
 async def list_tasks(request: Request) -> Response:
@@ -5445,12 +5453,12 @@ async def list_tasks(request: Request) -> Response:
         "page_size": size,
         "total_pages": math.ceil(total / size),
     }
-    return JSONResponse(answer)
+    return JSONLine(answer)
 
 
 async def get_task(request: Request) -> Response:
     task = await _supervisor(request).get(request.path_params["task_id"])
-    return JSONResponse(asdict(task))
+    return JSONLine(asdict(task))
 
 
 async def delete_task(request: Request) -> Response:
@@ -5460,18 +5468,18 @@ async def delete_task(request: Request) -> Response:
 
 async def get_state(request: Request) -> Response:
     state = await _supervisor(request).state(request.path_params["task_id"])
-    return JSONResponse(state.as_dict())
+    return JSONLine(state.as_dict())
 
 
 async def run_task(request: Request) -> Response:
     restart = _query(request.query_params, "restart", False, parse_bool, "true or false")
     task = await _supervisor(request).start(request.path_params["task_id"], restart)
-    return JSONResponse(asdict(task), 202)
+    return JSONLine(asdict(task), 202)
 
 
 async def cancel_task(request: Request) -> Response:
     task = await _supervisor(request).cancel(request.path_params["task_id"])
-    return JSONResponse(asdict(task), 202)
+    return JSONLine(asdict(task), 202)
 
 
 async def get_events(request: Request) -> Response:
@@ -5524,7 +5532,7 @@ async def list_artifacts(request: Request) -> Response:
         {"path": path, "size": size, "modified": now(modified / 1e9)}
         for path, size, modified in files
     ]
-    return JSONResponse(answer)
+    return JSONLine(answer)
 
 
 async def get_artifact(request: Request) -> Response:
@@ -5631,7 +5639,7 @@ async def get_health(request: Request) -> Response:
         "abandoned": supervisor.abandoned,
         "tasks": dict(tasks),
     }
-    return JSONResponse(answer, 200 if healthy else 503)
+    return JSONLine(answer, 200 if healthy else 503)
 
 
 async def get_metrics(request: Request) -> Response:
@@ -5864,7 +5872,7 @@ def error_response(error: StreamerError) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"error": error.as_dict()}, error.status, headers)
+    return JSONLine({"error": error.as_dict()}, error.status, headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -5873,13 +5881,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     code = error.detail.lower().replace(" ", "_")
     message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
     answer = {"error": {"code": code, "message": message}}
-    return JSONResponse(answer, error.status_code, error.headers)
+    return JSONLine(answer, error.status_code, error.headers)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     """A fault of this program: Starlette raises it again, and the server logs it."""
     fault = {"code": "internal_error", "message": "the server failed; its log says why"}
-    return JSONResponse({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
+    return JSONLine({"error": fault}, 500, SAFE_HEADERS)  # it is past the middleware
 
 
 def without_token(record: logging.LogRecord) -> bool:
@@ -6168,8 +6176,10 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            reason = "it is in use; --port 0 takes a free one"
-        raise SettingsError(f"cannot listen on port {port} of {host}: {reason}") from error
+            reason = "it is in use; port 0 (--port 0) takes a free one"
+        elif isinstance(error, OSError) and error.errno == errno.EACCES:
+            reason = "not allowed; ports below 1024 are the administrator's"
+        raise SettingsError(f"cannot listen on port {port} of {host}: {reason}") from None
 
 
 def leave_threads(supervisor: Supervisor, code: int) -> None:
@@ -6277,11 +6287,15 @@ def check_workspace(folder: Path) -> None:
             pass
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "is a file, or below one, and must be a folder"
         raise SettingsError(f"workspace {str(folder)!r} {reason}; set --workspace") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code, which HELP explains."""
+    # Python hides these warnings of libraries, but shows those about what a script calls.
+    warnings.simplefilter("ignore", DeprecationWarning)
     if sys.version_info >= (3, 14):
         print("streamer: tried on Python 3.11, 3.12 and 3.13; this one is newer", file=sys.stderr)
     try:
@@ -6328,6 +6342,8 @@ def _serve(settings: Settings) -> int:
 def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: bool) -> int:
     options = parse_options(given, settings.task_timeout, flag_of)
     if prompt == "-":
+        if sys.stdin.isatty():
+            print("Type the prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
         with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as stdin:
             prompt = stdin.read(settings.max_prompt + 1).strip()
     prompt = parse_text({"prompt": prompt}, "prompt", settings.max_prompt)
@@ -6343,21 +6359,23 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
             status = anyio.run(_run_here, supervisor, prompt, options, transcript)
             code = 0 if status is TaskStatus.SUCCEEDED else 1
             sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError, BaseExceptionGroup) as error:
+    except (KeyboardInterrupt, OSError, BaseExceptionGroup) as error:
         code = _exit_code_of(error)
     leave_threads(supervisor, code)
     return code
 
 
 def _exit_code_of(error: BaseException) -> int:
-    """What Ctrl-C or a closed pipe, alone or in a group, ends the command with; or raises."""
+    """What Ctrl-C, or an output that takes no more, ends the command with; raises the rest."""
     group = BaseExceptionGroup("", [error])
-    others = group.split((KeyboardInterrupt, BrokenPipeError))[1]
+    others = group.split((KeyboardInterrupt, OSError))[1]
     if others is not None:
         raise others
     if group.subgroup(KeyboardInterrupt) is not None:
         return 130
-    # `run … | head`: nobody reads any more, the flush at exit included
+    if group.subgroup(BrokenPipeError) is None:  # `run … | head` is no fault
+        print(f"streamer: the output cannot be written: {error}", file=sys.stderr)
+    # Nobody reads any more: the flush at exit must not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -6367,12 +6385,17 @@ async def _run_here(
 ) -> TaskStatus:
     async with supervisor.open():
         task, _ = await supervisor.submit(prompt, prompt[:80], options)
-        async with supervisor.watch(task.id) as subscription:
-            await supervisor.start(task.id)
-            async for delivery in subscription:
-                for message in delivery.messages:
-                    transcript.show(json.loads(message))
-        transcript.end(supervisor.settings.workspace / task.id)
+        try:
+            async with supervisor.watch(task.id) as subscription:
+                await supervisor.start(task.id)
+                async for delivery in subscription:
+                    for message in delivery.messages:
+                        transcript.show(json.loads(message))
+        except asyncio.CancelledError:
+            transcript.line("interrupted: the run is cancelled")
+            raise
+        finally:
+            transcript.end(supervisor.settings.workspace / task.id)
         return subscription.broker.task.status
 
 
@@ -6488,6 +6511,8 @@ class Screen(Transcript):
         doing = self._action if data["current_agent"] else data["status"]
         if data["status"] == TaskStatus.PENDING and data["last_message"]:
             doing = data["last_message"]
+        if "waiting_on" in data:
+            doing += " waits for its model"
         price = price_text(data["cost"]["total_cost"], data["cost"]["max_budget"])
         about = f"{printable(doing)} {price}"
         self._display.update(self._bar, completed=data["progress"], description=about)

@@ -6458,7 +6458,7 @@ def test_serve_says_where_it_is_and_that_a_port_is_in_use(tmp_path: Path) -> Non
         port = str(taken.getsockname()[1])
         with process(SERVER, "--test-mode", "--port", port, cwd=tmp_path) as server:
             assert server.wait() == 2
-        complaint = f"cannot listen on port {port} of 127.0.0.1: it is in use; --port 0 takes a free one"
+        complaint = f"cannot listen on port {port} of 127.0.0.1: it is in use; port 0 (--port 0) takes a free one"
         assert server.errors == [f"streamer: {complaint}\n"]
     for host, token in (("0.0.0.0", "/?token=…"), ("127.0.0.1", ""), ("localhost", "")):
         environ = {"STREAMER_TOKEN": TOKEN if token else ""}
