@@ -3642,10 +3642,8 @@ async def _ollama_send(
     url = f"{model.config.base_url}{model.ollama_message.api_suffix}"
     body = json.dumps(arguments)
     headers = {"Content-Type": "application/json"}
-    async with (
-        httpx.AsyncClient(timeout=timeouts, trust_env=False) as client,  # as MetaGPT's
-        client.stream("POST", url, content=body, headers=headers) as response,
-    ):
+    client = httpx.AsyncClient(timeout=timeouts, trust_env=False)  # as MetaGPT's
+    async with client, client.stream("POST", url, content=body, headers=headers) as response:
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             raise ServerError(_parsed(text), response.status_code, response.headers)
@@ -3939,10 +3937,7 @@ class _ModelRequest:
         answer = self._vendor.send(self._model, self._form.fit(arguments), timeout)
         call = self._call = self.speaker.call = _ModelCall(self.speaker, self._heard)
         try:
-            async with (
-                asyncio.timeout(patience) as watch,
-                contextlib.aclosing(answer) as documents,
-            ):
+            async with asyncio.timeout(patience) as watch, contextlib.aclosing(answer) as documents:
                 self._watch = watch
                 async for document in documents:
                     self._take(document)

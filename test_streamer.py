@@ -694,7 +694,19 @@ def test_lock_is_what_uv_installs() -> None:
     listed = tomllib.loads(re.sub("^# ?", "", header[1], flags=re.MULTILINE))["dependencies"]
     lines = (HERE / "requirements.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert [Requirement(line) for line in listed] == [pin for pin in pins if pin.name not in TESTING]
+    pins = [pin for pin in pins if pin.url is None and pin.name not in TESTING]
+    assert [Requirement(line) for line in listed] == pins
+
+
+def test_lock_tells_an_older_python_what_it_needs() -> None:
+    """On an older Python pip stops at the first line, whose file is not there."""
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    first = Requirement(next(line for line in lines if line and not line.startswith("#")))
+    assert first.url == "file:///streamer-needs-Python-3.11-3.12-or-3.13"
+    assert first.marker is not None
+    versions = ["3.8", "3.10", "3.11", "3.13"]
+    told = [first.marker.evaluate({"python_version": version}) for version in versions]
+    assert told == [True, True, False, False]
 
 
 def test_uv_runs_the_file_with_nothing_installed(tmp_path: Path) -> None:
@@ -731,7 +743,9 @@ def elsewhere(missing: Collection[str] = (), version: str | None = None) -> str:
 @pytest.mark.parametrize("version", ["3.8.18", "3.10.13"])
 def test_older_python_is_told_what_to_type(tmp_path: Path, version: str) -> None:
     """It can read the file so far that it says one line, and exits with 2."""
-    ast.parse(Path(SERVER).read_text(), feature_version=(3, 8))
+    source = Path(SERVER).read_text()
+    ast.parse(source, feature_version=(3, 8))
+    assert re.findall(r"\bwith \($", source, re.MULTILINE) == []  # which ast.parse lets pass
     with process("-c", elsewhere(version=version), cwd=tmp_path) as command:
         assert command.wait() == 2
     (line,) = command.errors
@@ -6426,7 +6440,7 @@ def test_run_takes_flags_anywhere_and_the_options_of_a_task(
         (["--port", "http"], "--port must be a whole number, not 'http'"),
         (["--port"], "argument --port: expected one argument; see --help"),
         (["--host", "0.0.0.0", "--test-mode"], "can be reached from other machines, so a token is needed"),
-        (["--workspace", "/dev/null/x"], "workspace '/dev/null/x' cannot be written (Not a directory)"),
+        (["--workspace", "/dev/null/x"], "workspace '/dev/null/x' is a file, or below one, and must be a folder"),
         (["run", "--test-mode"], "run takes one prompt, in quotes; serve takes none"),
         (["run", "Build", "an", "app"], "run takes one prompt, in quotes; serve takes none"),
         (["run", " ", "--test-mode"], "prompt must be 1 to 32000 characters"),
