@@ -1084,7 +1084,7 @@ class MemoryStore(Store):
         super().__init__(settings)
         self._records: dict[str, Record] = {}
         self._logs: dict[str, list[Event]] = defaultdict(list)
-        self._changing = asyncio.Lock()
+        self._changing = asyncio.Lock()  # which tasks there are
 
     async def create(self, task: Task) -> Sequence[str]:
         async with self._changing:
@@ -1117,7 +1117,7 @@ class MemoryStore(Store):
 
     async def forget(self, task_id: str) -> None:
         async with self._changing:
-            await self._change(forgotten=[task_id])
+            await self._change(forgotten=[task_id] if task_id in self._records else ())
 
     async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
         record = await self.load(task_id)
@@ -1129,12 +1129,11 @@ class MemoryStore(Store):
     async def write(
         self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
     ) -> None:
-        async with self._changing:
-            self._check(claim)
-            before = self._records[state.task_id]
-            await self._change(Record(task or before.task, state, before.first_event_id), events)
-            if state.status in ENDED:
-                self._end(claim)
+        self._check(claim)
+        before = self._records[state.task_id]
+        await self._change(Record(task or before.task, state, before.first_event_id), events)
+        if state.status in ENDED:
+            self._end(claim)
 
     async def release(self, claim: Claim) -> None:
         self._end(claim)
@@ -1148,12 +1147,12 @@ class MemoryStore(Store):
 
     async def sweep(self) -> Sweep:
         oldest = now(time.time() - self._settings.max_age)
-        idle = [record.task for id, record in self._records.items() if id not in self._claims]
-        orphans = [task.id for task in idle if task.status is TaskStatus.RUNNING]
-        old = [task for task in idle if task.updated_at < oldest]
-        expired = [task.id for task in old if task.status is not TaskStatus.RUNNING]
-        if expired:
-            async with self._changing:
+        async with self._changing:
+            idle = [record.task for id, record in self._records.items() if id not in self._claims]
+            orphans = [task.id for task in idle if task.status is TaskStatus.RUNNING]
+            old = [task for task in idle if task.updated_at < oldest]
+            expired = [task.id for task in old if task.status is not TaskStatus.RUNNING]
+            if expired:
                 await self._change(forgotten=expired)
         return Sweep(orphans, expired)
 
@@ -1163,11 +1162,16 @@ class MemoryStore(Store):
         events: Sequence[Event] = (),
         forgotten: Sequence[str] = (),
     ) -> None:
-        """One change, whole or not at all, while `_changing` is held."""
-        await self._journal(record, events, forgotten)
+        """One change, whole or not at all."""
+        for task_id in forgotten:  # from now on nobody writes to them, nor claims them
+            self._claims[task_id] = Claim(self, self._records[task_id])
+        try:
+            await self._journal(record, events, forgotten)
+        finally:
+            for task_id in forgotten:
+                del self._claims[task_id]
         for task_id in forgotten:
-            self._records.pop(task_id, None)
-            self._claims.pop(task_id, None)
+            del self._records[task_id]
         if record is not None:
             self._records[record.task.id] = record
 
@@ -1192,6 +1196,7 @@ class MemoryStore(Store):
 
 
 T = TypeVar("T")
+Change = tuple[Record | None, Sequence[Event], Sequence[str]]  # the last: tasks that are forgotten
 
 
 class SqliteStore(MemoryStore):
@@ -1228,6 +1233,9 @@ class SqliteStore(MemoryStore):
         super().__init__(settings)
         self._path = Path(settings.db).expanduser().resolve()
         self._one_reader = anyio.CapacityLimiter(1)
+        self._pending: list[Change] = []
+        self._next_commit: asyncio.Task[None]
+        self._committing = asyncio.Lock()
         with self._connected():  # or it is an error now
             pass
 
@@ -1321,35 +1329,57 @@ class SqliteStore(MemoryStore):
     async def _journal(
         self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
     ) -> None:
-        try:
-            await anyio.to_thread.run_sync(self._commit, record, events, forgotten)
-        except sqlite3.Error as error:
-            self._set_error(str(self._unavailable(error)))
-            raise self._unavailable(error) from None
-        self._set_error(None)
+        """What comes while one transaction is written shares the next one."""
+        self._pending.append((record, events, forgotten))
+        if len(self._pending) == 1:
+            self._next_commit = asyncio.create_task(self._commit_pending())
+        with anyio.CancelScope(shield=True):  # what is stored takes effect
+            await asyncio.shield(self._next_commit)
 
-    def _commit(
-        self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
-    ) -> None:
-        db = self._writer
+    async def _commit_pending(self) -> None:
+        async with self._committing:
+            changes = self._pending
+            self._pending = []
+            try:
+                await anyio.to_thread.run_sync(self._commit, changes)
+            except sqlite3.Error as error:
+                self._set_error(str(self._unavailable(error)))
+                raise self._unavailable(error) from None
+            self._set_error(None)
+
+    def _commit(self, changes: Sequence[Change]) -> None:
         # While it fails nobody waits again: who comes next would wait for all before it.
         self._wait_for_locks(0 if self.error else self._settings.lease)
-        with db:
+        with self._writer as db:
             db.execute("BEGIN IMMEDIATE")
-            for task_id in forgotten:
-                db.execute("DELETE FROM events WHERE task_id = ?", (task_id,))
-                db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
-            if record is None:
-                return
-            task, state, _ = record
+            for change in changes:
+                self._save(db, *change)
+
+    def _save(
+        self,
+        db: sqlite3.Connection,
+        record: Record | None,
+        events: Sequence[Event],
+        forgotten: Sequence[str],
+    ) -> None:
+        for task_id in forgotten:
+            db.execute("DELETE FROM events WHERE task_id = ?", (task_id,))
+            db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+        if record is None:
+            return
+        task, state, _ = record
+        known = self._records.get(task.id)
+        if known is not None and known.task is task:  # whose prompt may be long
+            db.execute("UPDATE tasks SET state = ? WHERE id = ?", (_dump(state), task.id))
+        else:
             saved = (task.id, task.status, task.updated_at, _dump(task), _dump(state))
             db.execute(self.SAVE, saved)
-            rows = [(task.id, event.id, event.type, event.data.decode()) for event in events]
-            db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
-            dropped = state.last_event_id - self._settings.max_events
-            if dropped > 0:
-                query = "DELETE FROM events WHERE task_id = ? AND event_id <= ?"
-                db.execute(query, (task.id, dropped))
+        rows = [(task.id, event.id, event.type, event.data.decode()) for event in events]
+        db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
+        dropped = state.last_event_id - self._settings.max_events
+        if dropped > 0:
+            query = "DELETE FROM events WHERE task_id = ? AND event_id <= ?"
+            db.execute(query, (task.id, dropped))
 
     def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
         return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
