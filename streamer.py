@@ -597,9 +597,7 @@ def _second(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def encode_payload(
-    payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()
-) -> str:
+def encode_payload(payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()) -> str:
     """JSON of at most `max_bytes` without `secrets`, whatever it holds (guarantees 7, 10).
 
     What JSON cannot carry is replaced by its text. What is too long is cut, key by key, and
@@ -2103,9 +2101,7 @@ class Broker:
             self._encoded = (*key, envelope("state", data))
         return self._encoded[2]
 
-    def subscribe(
-        self, after: int = 0, types: frozenset[EventType] | None = None
-    ) -> Subscription:
+    def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
         subscription = Subscription(self, after, types)
         self.subscriptions.add(subscription)
         if self._beats is None:
@@ -2134,9 +2130,7 @@ class Subscription:
 
     PAGE = 512  # events read from the log at once
 
-    def __init__(
-        self, broker: Broker, after: int, types: frozenset[EventType] | None
-    ) -> None:
+    def __init__(self, broker: Broker, after: int, types: frozenset[EventType] | None) -> None:
         self.broker = broker
         self.types = types
         self.first_event_id = broker.first_event_id
@@ -2702,9 +2696,11 @@ VENDORS: Mapping[str, tuple[str, str, str]] = {
     "bedrock": ("bedrock_api", "boto3", "boto3"),
     "ark": ("ark_api", "volcenginesdkarkruntime", "volcengine-python-sdk[ark]"),
 }
-NO_MODEL = """no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where
-they are not OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's
-~/.metagpt/config2.yaml, or see a scripted team with --test-mode"""
+NO_MODEL = (
+    "no model is configured. Set OPENAI_API_KEY (and OPENAI_BASE_URL, OPENAI_MODEL where they are "
+    "not OpenAI's and gpt-4o), or ANTHROPIC_API_KEY and ANTHROPIC_MODEL, or write MetaGPT's "
+    "~/.metagpt/config2.yaml, or see a scripted team with --test-mode"
+)
 # The server of each api_type, so that it is never the default of MetaGPT, OpenAI's for all of them.
 # Empty: the vendor's SDK knows it.
 VENDOR_URLS: Mapping[str, str] = {
@@ -2794,7 +2790,9 @@ def _check_model(model: dict[str, Any], name: Callable[[str], str]) -> None:
     if vendor not in VENDOR_URLS and vendor not in EXAMPLE_URLS:
         known = ", ".join((*VENDOR_URLS, *EXAMPLE_URLS))
         raise SettingsError(f"{name('api_type')} must be one of {known}, not {vendor!r}")
-    if not isinstance(model.get("model"), str) or not model["model"].strip():
+    if not model.get("model"):
+        raise SettingsError(f"{name('model')} is missing: the name of a model of {vendor}")
+    if not isinstance(model["model"], str) or not model["model"].strip():
         raise SettingsError(f"{name('model')} must be the name of a model of {vendor}")
     if model.get("base_url"):
         _check_url_form(model["base_url"], name("base_url"))
@@ -3421,6 +3419,46 @@ def _mend_model_requests(engine: types.SimpleNamespace) -> None:
             _patch(kind, "acompletion_text", asked)
 
 
+MOST_BYTES = 1 << 26  # of an answer's body; an answer of 100,000 tokens has half of it
+PACKED = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
+
+
+def _http_client(**options: Any) -> Any:
+    """An HTTP client for model servers.
+
+    It follows no redirect, as a prompt is for the server that was configured, and reads no more
+    than MOST_BYTES of an answer.
+    """
+    httpx = importlib.import_module("httpx2")  # what the SDKs of OpenAI and Anthropic are built on
+
+    class Bounded(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]
+        def __init__(self, stream: Any, most: int) -> None:
+            self._stream = stream
+            self._left = most
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for piece in self._stream:
+                self._left -= len(piece)
+                if self._left < 0:
+                    raise _endless()
+                yield piece
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    async def bound(response: Any) -> None:
+        packed = "content-encoding" in response.headers
+        response.stream = Bounded(response.stream, MOST_BYTES // PACKED if packed else MOST_BYTES)
+
+    headers = {"Accept-Encoding": "identity"}
+    return httpx.AsyncClient(headers=headers, event_hooks={"response": [bound]}, **options)
+
+
+def _endless() -> PartialAnswer:
+    advice = "check llm.model, which may repeat itself, and its server"
+    return PartialAnswer(f"the model's answer does not end: {advice}")
+
+
 def _address_models(engine: types.SimpleNamespace) -> None:
     """Sends what is asked of a model to its own vendor, by the proxy that its settings name."""
     get_provider = engine.LLM_REGISTRY.get_provider
@@ -3433,9 +3471,8 @@ def _address_models(engine: types.SimpleNamespace) -> None:
                 raise _GiveUp(f"base_url of a model of {vendor} is missing, for example {example}")
             config.base_url = VENDOR_URLS[vendor]
         model = get_provider(api_type)(config)
-        if config.proxy and hasattr(model, "aclient"):
-            transport = engine.openai_api.AsyncHttpxClientWrapper
-            http = transport(proxy=config.proxy, follow_redirects=True)
+        if hasattr(model.aclient, "with_options"):
+            http = _http_client(proxy=config.proxy or None)
             model.aclient = model.aclient.with_options(http_client=http)
         if vendor != "openai" and hasattr(getattr(model, "aclient", None), "organization"):
             model.aclient.organization = None  # OpenAI's own, from OPENAI_ORG_ID
@@ -3575,8 +3612,12 @@ def _checked(document: Any, event: str) -> Any:
 async def _documents(response: Any) -> AsyncGenerator[Any, None]:
     """The JSON documents of a body as they come; the response is closed behind them."""
     reader = _BodyReader()
+    left = MOST_BYTES  # of what was unpacked
     try:
         async for piece in response.aiter_bytes():
+            left -= len(piece)
+            if left < 0:
+                raise _endless()
             for document in reader.feed(piece):
                 yield document
         for document in reader.end():
@@ -3668,11 +3709,10 @@ async def _ollama_send(
     model: Any, arguments: dict[str, Any], timeouts: Any
 ) -> AsyncGenerator[Any, None]:
     """Sends without MetaGPT's client for it, which never looks at the status."""
-    httpx = importlib.import_module("httpx2")  # the OpenAI SDK's
     url = f"{model.config.base_url}{model.ollama_message.api_suffix}"
     body = json.dumps(arguments)
     headers = {"Content-Type": "application/json"}
-    client = httpx.AsyncClient(timeout=timeouts, trust_env=False)  # as MetaGPT's
+    client = _http_client(timeout=timeouts, trust_env=False)  # MetaGPT's asks no proxy either
     async with client, client.stream("POST", url, content=body, headers=headers) as response:
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
@@ -3698,9 +3738,17 @@ def _content(content: Any) -> tuple[str, str]:
     return text, "".join(text for block in content for text in _content(block.get("thinking")))
 
 
+MOST_TOKENS = 100_000_000  # of a request; a server that counts more is wrong
+
+
 def _counts(usage: Any, prompt: str, completion: str) -> dict[str, int]:
-    names = {"prompt_tokens": prompt, "completion_tokens": completion}
-    return {name: int(usage[key]) for name, key in names.items() if usage and usage.get(key)}
+    """What a server counts; what can be no count is left out, and then estimated."""
+    counts = {}
+    for name, key in {"prompt_tokens": prompt, "completion_tokens": completion}.items():
+        count = usage.get(key) if isinstance(usage, Mapping) else None
+        if isinstance(count, int | float) and 0 < count < MOST_TOKENS:
+            counts[name] = int(count)
+    return counts
 
 
 # MetaGPT's class → how its models are asked. Azure's and others inherit from OpenAI's.
@@ -3730,6 +3778,7 @@ class _ModelCall:
         self.id = uuid.uuid4().hex[:12]
         self.finish_reason = ""
         self.usage: dict[str, int] = {}
+        self.characters = 0
         self._heard = heard
         kinds = (EventType.TOKEN, EventType.REASONING)
         self._said: dict[EventType, list[str]] = {kind: [] for kind in kinds}
@@ -3751,9 +3800,11 @@ class _ModelCall:
     def take(self, chunk: Chunk) -> None:
         self.finish_reason = self.finish_reason or chunk.finish_reason.lower()
         self.usage.update(chunk.usage)
+        self.characters += len(chunk.text) + len(chunk.reasoning)
         self._say(EventType.REASONING, chunk.reasoning)
         self._say(EventType.TOKEN, chunk.text)
-        self._heard()
+        if chunk != Chunk():  # one that says nothing is no sign of life
+            self._heard()
 
     def _say(self, kind: EventType, text: str, last: bool = False) -> None:
         text = self._joined[kind].decode(text.encode("utf-16-le", "surrogatepass"), last)
@@ -3800,6 +3851,7 @@ class _RequestForm:
     TOO_MANY = re.compile("too large|at most|maximum|less than|<=|range|exceed", re.IGNORECASE)
     LEAST_FOR_THINKING = 32768  # tokens, where those of the model's thinking count
     LARGER = 4  # times the limit that cut an answer
+    CHARACTERS = 64  # for each token of the limit: who sends more does not keep it
     MOST_ENLARGED = 2  # times
 
     _kept: ClassVar[dict[tuple[str, str], tuple[Mapping[str, str], int | None]]] = {}
@@ -3885,6 +3937,10 @@ class _RequestForm:
         return f"the model's answer was cut at {self._cut_at} tokens, the next may have {larger}"
 
     @property
+    def most_characters(self) -> int:
+        return self.CHARACTERS * (self._limit or 2 * self.LEAST_FOR_THINKING)
+
+    @property
     def _limit_is_users(self) -> bool:
         """Whether the user has set the limit of an answer, so that it is the user's to change."""
         return "max_token" in self._config.model_fields_set
@@ -3916,7 +3972,12 @@ class _ModelRequest:
     # What finish reasons mean, of OpenAI, Anthropic, Ollama, Mistral, DeepSeek, vLLM and Zhipu.
     CUT = frozenset({"length", "max_tokens", "model_length", "model_context_window_exceeded"})
     WITHHELD = frozenset({"content_filter", "refusal", "safety", "sensitive"})
-    BROKEN = frozenset({"", "error", "abort", "network_error", "insufficient_system_resource"})
+    WHOLE = frozenset(
+        {
+            *("stop", "end_turn", "stop_sequence", "eos", "eos_token", "end", "complete"),
+            *("completed", "finished", "done"),
+        }
+    )
 
     def __init__(
         self, speaker: _Speaker, vendor: _Vendor, model: Any, messages: Any, stream: bool
@@ -3950,7 +4011,10 @@ class _ModelRequest:
                         failed += 1
                         wait = self._wait(error, failed)
                 await asyncio.sleep(wait)
-            raise _GiveUp(f"the model server refused {self.MOST_REQUESTS} requests in a row")
+            server = _server(self._model.config)
+            raise _GiveUp(
+                f"{server} refused {self.MOST_REQUESTS} requests in a row, whatever was sent"
+            )
         finally:
             if self._timer:
                 self._timer.cancel()
@@ -3991,9 +4055,14 @@ class _ModelRequest:
     def _take(self, document: Any) -> None:
         try:
             done = document is None
-            self._call.take(Chunk(finish_reason="stop") if done else self._vendor.chunk(document))
+            chunk = Chunk(finish_reason="stop") if done else self._vendor.chunk(document)
+            if not all(isinstance(text, str) for text in chunk[:3]):
+                raise TypeError
         except (AttributeError, TypeError, ValueError):  # it has the form of no vendor
             raise NotACompletion(encode(jsonable(document))) from None
+        self._call.take(chunk)
+        if self._call.characters > self._form.most_characters:
+            raise _endless()
 
     def _heard(self) -> None:
         """Called for each chunk: the model is not silent, and has its time again."""
@@ -4025,11 +4094,14 @@ class _ModelRequest:
             text = quoted(call.text[-60:])
             advice = f"another prompt or llm.model may pass. The answer ends in {text}"
             raise PartialAnswer(f"the model's answer was withheld ({reason}): {advice}")
-        if reason in self.BROKEN:
+        server = _server(self._model.config)
+        if reason not in self.WHOLE:
             how = f"({reason})" if reason else "without a finish reason"
-            raise PartialAnswer(f"the model's answer broke off {how}", retry=True)
+            advice = f"{server}, or a proxy before it, ended it early"
+            raise PartialAnswer(f"the model's answer broke off {how}: {advice}", retry=True)
         if not call.text.strip():
-            raise PartialAnswer(f"the model's answer was empty ({reason})", retry=True)
+            advice = f"another llm.model at {server} may answer"
+            raise PartialAnswer(f"the model's answer was empty ({reason}): {advice}", retry=True)
 
     def _change_form(self, error: Exception) -> bool:
         """Whether the next request is another one, so that it can be sent at once."""
@@ -4232,6 +4304,7 @@ class _Team:
         if speaker and speaker.call:
             speaker.call.flush()  # what was said before this line comes before it
         message = message.replace(f"{self.run.workspace}{os.sep}", "")
+        message = re.sub(r"<Future at 0x\w+ state=finished raised (\w+)>", r"\1", message)
         payload = {"message": message, "level": level, **details}
         self.run.emit(EventType.LOG, payload, speaker.role if speaker else None)
 
@@ -4246,7 +4319,8 @@ class _Team:
         if parts[0] == "..":
             reason = "the model named a file outside the task's workspace"
             raise _GiveUp(f"{reason}: {str(path)[-200:]}")
-        if any(map(_is_git_name, parts)):
+        # A folder with a HEAD may be a repository, whose configuration git would follow.
+        if any(map(_is_git_name, parts)) or parts[-1].casefold() == "head":
             raise _GiveUp(f"the model named a file of git's own: {inside[-200:]!r}")
 
     def finished(self, action: str) -> None:
@@ -4406,14 +4480,19 @@ def _refusal(
     found = _error_object(body)
     code = str(found.get("code") or found.get("type") or "")
     words = _one_line(body, secrets)
-    if not isinstance(status, int) or status < 400:
-        status = _deduced_status(found, words)
     server = _server(config)
+    if isinstance(status, int) and 300 <= status < 400:
+        advice = f"set {setting_name(config, 'base_url')} to where it points"
+        return ModelFault(f"{server} redirects ({status}): {advice}. {words}", False, None)
+    said = f" ({status})"
+    if not isinstance(status, int) or status < 400:
+        said = ""
+        status = _deduced_status(found, words)
     key = setting_name(config, "api_key")
     model = setting_name(config, "model")
 
     def final(problem: str, advice: str) -> ModelFault:
-        return ModelFault(f"{server} {problem} ({status}): {advice}. {words}", False, None)
+        return ModelFault(f"{server} {problem}{said}: {advice}. {words}", False, None)
 
     if TOO_LONG.search(f"{code} {words}"):
         advice = f"take a model with a larger context ({model})"
@@ -4458,10 +4537,11 @@ def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
     proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
     if names & GARBLED:
         return f"{server} sent what is no valid answer: {text}"
-    if names & LATE:
+    if names & LATE and "ConnectTimeout" not in names:
         return f"{server} did not answer in time{f': {text}' if text else ''}"
     if names & BROKEN:
         return f"{server} broke off the connection: {text}"
+    text = text or "it does not answer (http or https?)"
     return f"{server} cannot be reached: {text}. Check {setting_name(config, 'base_url')}{proxy}"
 
 

@@ -426,6 +426,8 @@ class ModelServer:
         fault = self._fault(last, prompt, mark)
         if fault == "429":
             return JSONResponse({"error": {"message": "slow down"}}, 429, {"retry-after-ms": "50"})
+        if fault == "redirect":
+            return Response("", 307, {"location": "/v1/elsewhere"})
         if fault == "huge":
             text = f"```python\n{'x = 1  # ' * 9000}\n```"
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4, "total_tokens": 0}
@@ -457,11 +459,14 @@ class ModelServer:
             await asyncio.sleep(0.001)
         if fault == "silent":
             await asyncio.Event().wait()
+        while fault == "endless":
+            yield sse({**head, **choice({"content": "x = 1  # " * 1000})})
+            await asyncio.sleep(0.001)
         if fault == "error":
             yield sse({"error": {"message": "the engine died", "type": "server_error"}})
         if fault in ("cut", "error"):
             return
-        finish = fault if fault in ("length", "content_filter") else "stop"
+        finish = fault if fault in ("length", "content_filter", "tool_calls") else "stop"
         yield sse({**head, **choice({"content": ""}, finish), "usage": usage})
         yield DONE
 
@@ -2236,9 +2241,9 @@ WRONG_MODELS: list[tuple[dict[str, str], Any, str]] = [
     (
         {"ANTHROPIC_API_KEY": KEY},
         None,
-        "ANTHROPIC_MODEL must be the name of a model of anthropic",
+        "ANTHROPIC_MODEL is missing: the name of a model of anthropic",
     ),
-    ({}, {}, "llm.model must be the name of a model of openai"),
+    ({}, {}, "llm.model is missing: the name of a model of openai"),
     ({}, {"model": "some-model"}, "llm.api_key is missing"),
     ({}, {**MODEL, "api_key": 12345678}, "llm.api_key must be text, in quotes"),
     (
@@ -2580,7 +2585,7 @@ def test_model_fault_with_a_wait_of_an_hour_is_final() -> None:
         ({"error": "no GPU"}, "answered 500: no GPU", True),
         (
             {"error": "Unexpected endpoint or method. (POST /chat)"},
-            "has nothing at this address (404): check OPENAI_BASE_URL or llm.base_url. "
+            "has nothing at this address: check OPENAI_BASE_URL or llm.base_url. "
             "Unexpected endpoint or method. (POST /chat)",
             False,
         ),
@@ -2820,6 +2825,11 @@ CHUNKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
     ("OpenAILLM", {"choices": None}, ("", "", "", {})),
     ("OpenAILLM", {"choices": [], "usage": COUNTS}, ("", "", "", COUNTS)),
     ("OpenAILLM", {"choices": [], "x_groq": {"usage": COUNTS}}, ("", "", "", COUNTS)),
+    *(
+        ("OpenAILLM", {"choices": [], "usage": usage}, ("", "", "", {}))
+        for usage in ("7", [7], {"prompt_tokens": -7}, {"prompt_tokens": 10**30})
+    ),
+    ("OpenAILLM", {"usage": {"prompt_tokens": math.nan, "completion_tokens": "5"}}, ("", "", "", {})),
     ("OpenAILLM", choice({"content": None, "reasoning_content": "hm"}), ("", "hm", "", {})),
     ("OpenAILLM", choice({"reasoning": "hm", "reasoning_content": "hm"}), ("", "hm", "", {})),
     ("OpenAILLM", choice({"content": THINKING_BLOCKS}), ("", "hm", "", {})),
@@ -3037,8 +3047,8 @@ WITHHELD = r"the model's answer was withheld \(content_filter\): another prompt 
 # model, mark, status; what a LOG says, or the reason; requests for code
 ANSWERS: list[tuple[str, str, str, str, int]] = [
     ("gpt-4o", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
-    ("gpt-4o", "[code=cut once]", "SUCCEEDED", r"broke off without a finish reason \(attempt 1", 2),
-    ("gpt-4o", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\) \(attempt 1 of 3", 2),
+    ("gpt-4o", "[code=cut once]", "SUCCEEDED", r"broke off without a finish reason: .* \(attempt 1", 2),
+    ("gpt-4o", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\): .* \(attempt 1 of 3", 2),
     ("gpt-4o", "[code=error once]", "SUCCEEDED", r"answered 500: the engine died \(attempt 1", 2),
     ("gpt-4o", "[code=429 once]", "SUCCEEDED", r"slow down \(attempt 1 of 7, the next in 0.05 s\)", 2),
     ("gpt-4o", "[code=silent once]", "SUCCEEDED", "said nothing for 4 s, the setting model_timeout", 2),
@@ -3048,11 +3058,14 @@ ANSWERS: list[tuple[str, str, str, str, int]] = [
     ("gpt-4o", "[code=cut]", "FAILED", r"in WriteCode: .* broke off .* \(attempt 3 of 3\)", 3),
     ("gpt-4o", "[code=content_filter]", "FAILED", f"in WriteCode: {WITHHELD}", 1),
     ("limited", "[code=length]", "FAILED", "in WriteCode: .* cut at llm.max_token=16384: a larger", 1),
-    ("whole", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\) \(attempt 1 of 3", 2),
+    ("whole", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\): .* \(attempt 1 of 3", 2),
     ("whole", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
     ("gpt-5", "", "SUCCEEDED", "does not take temperature: it is left out", 0),
     ("anthropic", "", "SUCCEEDED", r"answered 529: Overloaded \(attempt 1 of 7, the next in 1 s\)", 0),
     ("ollama", "", "SUCCEEDED", r"answered 500: CUDA error \(attempt 1 of 7, the next in 1 s\)", 0),
+    ("gpt-4o", "[code=endless]", "FAILED", "the model's answer does not end: check llm.model", 1),
+    ("gpt-4o", "[code=redirect]", "FAILED", r"redirects \(307\): set .*llm.base_url to where", 1),
+    ("gpt-4o", "[code=tool_calls once]", "SUCCEEDED", r"broke off \(tool_calls\): .* \(attempt 1", 2),
 ]
 
 
@@ -3160,6 +3173,7 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
         "FAILED",
         r"^Engineer failed: the model named a file that cannot be: 'x{64}…'$",
     ),
+    ("[task=HEAD]", {}, "FAILED", r"the model named a file of git's own: '.*/HEAD'"),
 ]
 
 
