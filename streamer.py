@@ -5004,7 +5004,7 @@ class Execution:
         if error is None:
             return TaskStatus.SUCCEEDED, EventType.TASK_COMPLETE, ""
         message = reason_of(error)
-        logger.error("task id=%s failed=%s", self.task_id, ascii(self.run.redact(message)))
+        logger.info("task id=%s failed=%s", self.task_id, ascii(self.run.redact(message)))
         return TaskStatus.FAILED, EventType.TASK_ERROR, message
 
 
