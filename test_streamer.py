@@ -1,12 +1,13 @@
 """Tests of streamer, in the order of its sections, and two commands beside them.
 
     pytest                                      the tests
-    python test_streamer.py bench               the benchmark: every target, beside what was measured
-    python test_streamer.py <task_id> [--url …] watch a task on a running server; exits 0 if it SUCCEEDED
+    python test_streamer.py bench               the benchmark: targets, beside what was measured
+    python test_streamer.py <task_id> [--url …] watch a task on a server; exits 0 if it SUCCEEDED
 
-MetaGPT is tested by running it: `ModelServer` stands in for the model's HTTP API, not for MetaGPT. What
-crosses a socket is tested over a real one, most of it against `python streamer.py`. Nothing sleeps to wait:
-gates (threading.Event), closing streams and one TIMEOUT decide.
+MetaGPT is tested by running it: `ModelServer` stands in for the model's HTTP API, not for
+MetaGPT. What crosses a socket is tested over a real one, most of it against
+`python streamer.py`. Nothing sleeps to wait: gates (threading.Event), closing streams and one
+TIMEOUT decide.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ class Client:
 
     def socket(self, task_id: str, query: str = "") -> ClientConnection:
         url = f"{self.url.replace('http', 'ws', 1)}/ws/tasks/{task_id}?{query}"
-        return connect(url, open_timeout=TIMEOUT, close_timeout=TIMEOUT, max_size=None, compression=None)
+        return connect(
+            url, open_timeout=TIMEOUT, close_timeout=TIMEOUT, max_size=None, compression=None
+        )
 
     def follow(self, task_id: str, query: str = "") -> Watcher:
         watcher = Watcher(self.socket(task_id, query))
@@ -301,10 +304,18 @@ class Process:
     def __init__(self, *command: str, cwd: Path, environ: Mapping[str, str] | None = None) -> None:
         others = ("STREAMER_", "OPENAI_", "ANTHROPIC_")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-        environ = {**clean, "HOME": str(cwd), "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", **(environ or {})}
+        environ = {
+            **clean,
+            "HOME": str(cwd),
+            "PYTHONPATH": str(HERE),
+            "PYTHONWARNINGS": "ignore",
+            **(environ or {}),
+        }
         pipe = subprocess.PIPE
         self.cwd = cwd
-        self.popen = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environ, stdout=pipe, stderr=pipe)
+        self.popen = subprocess.Popen(
+            [sys.executable, *command], cwd=cwd, env=environ, stdout=pipe, stderr=pipe
+        )
         self.errors: list[str] = []
         self.output = b""
         self._said = threading.Condition()
@@ -360,7 +371,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*command: str, cwd: Path, environ: Mapping[str, str] | None = None) -> Iterator[Process]:
+def process(
+    *command: str, cwd: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[Process]:
     started = Process(*command, cwd=cwd, environ=environ)
     try:
         yield started
@@ -369,7 +382,8 @@ def process(*command: str, cwd: Path, environ: Mapping[str, str] | None = None) 
 
 
 SERVER = str(HERE / "streamer.py")
-# The command line, with a scripted team that hurries: `process("-c", QUICK, …)`, or one that can be watched.
+# The command line, with a scripted team that hurries: `process("-c", QUICK, …)`, or one that
+# can be watched.
 QUICK = """
 import functools, sys, streamer
 streamer.run_scripted = functools.partial(streamer.run_scripted, seconds=0.2)
@@ -394,7 +408,10 @@ MARKS = re.compile(r"\[(?:mark=\w+|task=[^\]\s]+|no usage|code=[^\]]+)\]")
 
 
 class ModelServer:
-    """An OpenAI-compatible API on loopback. A prompt steers it by marks: [mark=…] names the task, [401] its fate."""
+    """An OpenAI-compatible API on loopback.
+
+    A prompt steers it by marks: [mark=…] names the task, [401] its fate.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[str, list[str]] = defaultdict(list)  # mark → prompts
@@ -430,7 +447,11 @@ class ModelServer:
             return Response("", 307, {"location": "/v1/elsewhere"})
         if fault == "huge":
             text = f"```python\n{'x = 1  # ' * 9000}\n```"
-        usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4, "total_tokens": 0}
+        usage = {
+            "prompt_tokens": len(prompt) // 4,
+            "completion_tokens": len(text) // 4,
+            "total_tokens": 0,
+        }
         if "[no usage]" not in prompt:
             self.usage[mark].update(usage)
         head = {"id": "chat", "created": 1, "model": body["model"]}
@@ -527,7 +548,9 @@ class ModelServer:
             return "I would rather not answer in JSON."
         if "[unclosed once]" in prompt and turn == 1:
             return "[CONTENT]" * 11_000
-        if example := re.search(r"## format example\s*\[CONTENT\](.*?)\[/CONTENT\]", last, re.DOTALL):
+        if example := re.search(
+            r"## format example\s*\[CONTENT\](.*?)\[/CONTENT\]", last, re.DOTALL
+        ):
             answer = json.loads(example[1])
             answer["Anything UNCLEAR"] = " ".join(sorted(set(MARKS.findall(prompt)))) or "no"
             for name in re.findall(r"\[task=(\S+)\]", prompt):
@@ -535,10 +558,15 @@ class ModelServer:
                 answer = {**answer, **({"Task list": names} if "Task list" in answer else {})}
             return f"[CONTENT]\n{json.dumps(answer, indent=4)}\n[/CONTENT]"
         if "## Code Review Result" in last:
-            return f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n## Code Review Result\nLGTM\n"
+            review = f"## Code Review: [mark={mark}]\n1. Yes.\n\n## Actions\npass\n\n"
+            return review + "## Code Review Result\nLGTM\n"
         if "[blank lines]" in prompt:
             return "```python\nimport os" + "\n" * 100_000
-        program = "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n" if mark == "environ" else ""
+        program = (
+            "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n"
+            if mark == "environ"
+            else ""
+        )
         return f"```python\nprint('[mark={mark}]')\n{program}```"
 
 
@@ -551,7 +579,9 @@ def model_server() -> Iterator[tuple[ModelServer, str]]:
         Route("/api/chat", model.ollama, methods=["POST"]),
     ]
     app = Starlette(routes=routes)
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, timeout_keep_alive=int(TIMEOUT))
+    config = uvicorn.Config(
+        app, log_config=None, timeout_graceful_shutdown=1, timeout_keep_alive=int(TIMEOUT)
+    )
     with serving(uvicorn.Server(config), loopback()) as url:
         try:
             yield model, f"{url}/v1"
@@ -560,7 +590,7 @@ def model_server() -> Iterator[tuple[ModelServer, str]]:
 
 
 def hostile_git(folder: Path) -> dict[str, str]:
-    """An environment and a configuration of git that hide files, run programs, and name another repository."""
+    """An environment and a configuration of git that hide files, run programs, name another."""
     hook = f"#!/bin/sh\ntouch {folder}/ran\n"
     for name in ("pre-commit", "commit-msg", "post-commit", "post-index-change"):
         path = folder / "template" / "hooks" / name
@@ -586,8 +616,10 @@ def hostile_git(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def metagpt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, ModelServer, Process]]:
-    """The real engine behind the stand-in model, as `python streamer.py` starts it; all such tests share it."""
+def metagpt(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Client, ModelServer, Process]]:
+    """The real engine behind the stand-in model, as `python streamer.py` starts it, shared."""
     folder = tmp_path_factory.mktemp("metagpt")
     git = tmp_path_factory.mktemp("git")
     with model_server() as (model, url):
@@ -596,13 +628,20 @@ def metagpt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, 
         with process(SERVER, *command, cwd=folder, environ=environ) as server:
             yield server.client, model, server
             assert server.stop() == -signal.SIGTERM
-    assert sorted(path.name for path in git.iterdir()) == ["attributes", "config", "ignore", "template"]
+    assert sorted(path.name for path in git.iterdir()) == [
+        "attributes",
+        "config",
+        "ignore",
+        "template",
+    ]
 
 
 @pytest.fixture
 def scripted(tmp_path: Path) -> Iterator[Client]:
     """`python streamer.py --test-mode`, with a team that takes a second an agent."""
-    with process("-c", BRISK, "--test-mode", "--port", "0", "--allow-run-tests", cwd=tmp_path) as server:
+    with process(
+        "-c", BRISK, "--test-mode", "--port", "0", "--allow-run-tests", cwd=tmp_path
+    ) as server:
         yield server.client
 
 
@@ -653,12 +692,13 @@ def burst(count: int) -> Callable[[Run], dict[str, Any]]:
 # The lock
 # -----------------------------------------------------------------------------
 
-# What metagpt 0.8.2 asks for and the lock leaves out or overrides: optional vendors, and pins that cannot be met.
+# What metagpt 0.8.2 asks for and the lock leaves out or overrides: optional vendors, and pins
+# that cannot be met.
 OVERRIDDEN = "metagpt"
 
 
 def locked(**environment: str) -> dict[str, str]:
-    """The lock's pins, on another Python or system where `environment` names one (a marker's variables)."""
+    """The lock's pins, on another Python or system where `environment` names one (by markers)."""
     lines = (HERE / "requirements.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     used = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(environment)]
@@ -694,7 +734,9 @@ TESTING = {"iniconfig", "packaging", "pluggy", "pytest"}  # what only the tests 
 
 def test_lock_is_what_uv_installs() -> None:
     """The script header of streamer.py has the lock's lines, but for what only the tests need."""
-    header = re.search(r"^# /// script\n(.*?)^# ///$", Path(SERVER).read_text(), re.DOTALL | re.MULTILINE)
+    header = re.search(
+        r"^# /// script\n(.*?)^# ///$", Path(SERVER).read_text(), re.DOTALL | re.MULTILINE
+    )
     assert header is not None
     listed = tomllib.loads(re.sub("^# ?", "", header[1], flags=re.MULTILINE))["dependencies"]
     lines = (HERE / "requirements.txt").read_text().splitlines()
@@ -715,11 +757,22 @@ def test_lock_tells_an_older_python_what_it_needs() -> None:
 
 
 def test_uv_runs_the_file_with_nothing_installed(tmp_path: Path) -> None:
-    """`uv run streamer.py run "…" --test-mode` installs what it needs and plays the scripted team."""
-    command = [needs("uv"), "run", "--quiet", "--python", sys.executable, SERVER, "run", "Build a todo app"]
+    """`uv run streamer.py run "…" --test-mode` installs what it needs and plays the team."""
+    command = [
+        needs("uv"),
+        "run",
+        "--quiet",
+        "--python",
+        sys.executable,
+        SERVER,
+        "run",
+        "Build a todo app",
+    ]
     options = ["--test-mode", "--no-implement", "--json"]
     # It may have to download everything.
-    ended = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, timeout=20 * TIMEOUT)
+    ended = subprocess.run(
+        [*command, *options], cwd=tmp_path, capture_output=True, timeout=20 * TIMEOUT
+    )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["data"]["status"] == "SUCCEEDED"
 
@@ -754,13 +807,16 @@ def test_older_python_is_told_what_to_type(tmp_path: Path, version: str) -> None
     with process("-c", elsewhere(version=version), cwd=tmp_path) as command:
         assert command.wait() == 2
     (line,) = command.errors
-    assert line.startswith(f"streamer: needs Python 3.11, 3.12 or 3.13, not {version}; type, with the one")
+    assert line.startswith(
+        f"streamer: needs Python 3.11, 3.12 or 3.13, not {version}; type, with the one"
+    )
     assert "pip install --no-deps --ignore-requires-python -r requirements.txt" in line
 
 
 def test_newer_python_is_not_refused(tmp_path: Path) -> None:
     """It is told what was tried, and works."""
-    code = "import sys, streamer; sys.version_info = (3, 14, 0); sys.exit(streamer.main(['--version']))"
+    code = "import sys, streamer; sys.version_info = (3, 14, 0); "
+    code += "sys.exit(streamer.main(['--version']))"
     with process("-c", code, cwd=tmp_path) as command:
         assert command.wait() == 0
     assert command.errors == ["streamer: tried on Python 3.11, 3.12 and 3.13; this one is newer\n"]
@@ -777,7 +833,9 @@ def test_newer_python_is_not_refused(tmp_path: Path) -> None:
         ("metagpt", [], "MetaGPT is not installed"),
     ],
 )
-def test_missing_package_is_one_line(tmp_path: Path, package: str, arguments: list[str], problem: str) -> None:
+def test_missing_package_is_one_line(
+    tmp_path: Path, package: str, arguments: list[str], problem: str
+) -> None:
     """It says what to type, and exits with 2."""
     environ = {"OPENAI_API_KEY": KEY}
     with process("-c", elsewhere({package}), *arguments, cwd=tmp_path, environ=environ) as command:
@@ -790,12 +848,19 @@ def test_missing_package_is_one_line(tmp_path: Path, package: str, arguments: li
 
 
 def test_runner_of_ones_own_needs_three_packages(tmp_path: Path) -> None:
-    """starlette, uvicorn[standard], anyio and what they need themselves: nothing else of the lock."""
+    """starlette, uvicorn[standard], anyio and what they need: nothing else of the lock."""
     needed = {"starlette", "uvicorn", "anyio"}
     for name in itertools.chain.from_iterable(itertools.repeat(sorted(locked()), 5)):
         extra = {"extra": "standard" if name == "uvicorn" else ""}
-        wanted = [Requirement(text) for text in (importlib.metadata.requires(name) or [] if name in needed else [])]
-        needed |= {str(canonicalize_name(one.name)) for one in wanted if not one.marker or one.marker.evaluate(extra)}
+        wanted = [
+            Requirement(text)
+            for text in (importlib.metadata.requires(name) or [] if name in needed else [])
+        ]
+        needed |= {
+            str(canonicalize_name(one.name))
+            for one in wanted
+            if not one.marker or one.marker.evaluate(extra)
+        }
     modules = importlib.metadata.packages_distributions()
     others = [
         module
@@ -829,7 +894,12 @@ def test_settings_flags_win_over_the_environment() -> None:
     """A flag beats a variable, a variable beats the default."""
     environ = {"STREAMER_PORT": "1", "STREAMER_TEST_MODE": "yes", "STREAMER_HEARTBEAT": "2.5"}
     settings = Settings.from_environ(environ, port="2", heartbeat=None)
-    assert (settings.port, settings.test_mode, settings.heartbeat, settings.max_running) == (2, True, 2.5, 4)
+    assert (settings.port, settings.test_mode, settings.heartbeat, settings.max_running) == (
+        2,
+        True,
+        2.5,
+        4,
+    )
     assert settings.workspace == Path.cwd() / "workspace"
 
 
@@ -870,10 +940,18 @@ def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -
         ("STREAMER_HEARTBEAT", "soon", "STREAMER_HEARTBEAT must be a number, not 'soon'"),
         ("STREAMER_HEARTBEAT", "nan", "heartbeat must be a number of at least 0.05, not nan"),
         ("STREAMER_GRACE", "inf", "grace must be a number of at least 0.1, not inf"),
-        ("STREAMER_WORKSPACE", "~nobody-here/x", "workspace must be a folder, not '~nobody-here/x'"),
+        (
+            "STREAMER_WORKSPACE",
+            "~nobody-here/x",
+            "workspace must be a folder, not '~nobody-here/x'",
+        ),
         ("STREAMER_MAX_RUNNING", "0", "max_running must be a number of at least 1, not 0"),
         ("STREAMER_TEST_MODE", "maybe", "STREAMER_TEST_MODE must be true or false, not 'maybe'"),
-        ("STREAMER_HOST", "0.0.0.0", "host '0.0.0.0' can be reached from other machines, so a token is needed"),
+        (
+            "STREAMER_HOST",
+            "0.0.0.0",
+            "host '0.0.0.0' can be reached from other machines, so a token is needed",
+        ),
     ],
 )
 def test_settings_name_what_is_wrong(variable: str, text: str, complaint: str) -> None:
@@ -1516,7 +1594,8 @@ def test_file_that_is_no_database_exits_2(
 
 def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
     """Seen by a user who is not root, whom no permission stops."""
-    code = "import os, sys, streamer; os.getuid() or os.setuid(65534); sys.exit(streamer.main(sys.argv[1:]))"
+    code = "import os, sys, streamer; os.getuid() or os.setuid(65534); "
+    code += "sys.exit(streamer.main(sys.argv[1:]))"
     tmp_path.chmod(0o555)
     with tempfile.TemporaryDirectory() as workspace:  # that the other user reaches
         Path(workspace).chmod(0o777)
@@ -2161,10 +2240,17 @@ def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     progress = [state["progress"] for state in record.data("state")]
     assert progress == sorted(progress)
     assert (progress[0], progress[-1]) == (0.0, 1.0)
-    assert any(state.get("waiting_on", {}).get("agent_role") == "Architect" for state in record.data("state"))
+    assert any(
+        state.get("waiting_on", {}).get("agent_role") == "Architect"
+        for state in record.data("state")
+    )
     assert record.last_state["status"] == "SUCCEEDED"
     assert record.last_state["final_result"]["mode"] == "test"
-    assert record.data("connected")[0]["mode"] == scripted.get(f"/api/tasks/{task_id}")["mode"] == "test"
+    assert (
+        record.data("connected")[0]["mode"]
+        == scripted.get(f"/api/tasks/{task_id}")["mode"]
+        == "test"
+    )
     files = scripted.get(f"/api/tasks/{task_id}/artifacts")
     assert [file["path"] for file in files] == record.last_state["final_result"]["files"]
     prd = scripted.http.get(f"/api/tasks/{task_id}/artifacts/docs/prd.md")
@@ -2176,7 +2262,10 @@ def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> Non
     """A restarted task goes on from what it had cost; /metrics counts each token once."""
     task_id = scripted.create(options={"implement": False, "investment": 2})
     with scripted.socket(task_id) as websocket:
-        receive_until(websocket, lambda message: message["data"].get("cost", {}).get("completion_tokens", 0) > 0)
+        receive_until(
+            websocket,
+            lambda message: message["data"].get("cost", {}).get("completion_tokens", 0) > 0,
+        )
         scripted.post(f"/api/tasks/{task_id}/cancel")
         before = watched(websocket).last_state["cost"]
     assert scripted.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
@@ -2185,7 +2274,9 @@ def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> Non
     tokens = before["completion_tokens"] + sum(len(text.split()) for text in team)
     cost = {"prompt_tokens": 0, "completion_tokens": tokens, "total_cost": 0.0, "max_budget": 2}
     assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
-    assert f"\nstreamer_model_completion_tokens_total {tokens}" in scripted.http.get("/metrics").text
+    assert (
+        f"\nstreamer_model_completion_tokens_total {tokens}" in scripted.http.get("/metrics").text
+    )
 
 
 def test_scripted_team_does_not_import_metagpt(tmp_path: Path) -> None:
@@ -2197,12 +2288,14 @@ streamer.run_scripted = functools.partial(streamer.run_scripted, seconds=0.2)
 app = streamer.create_app(settings)
 async def one():
     async with app.state.supervisor.open():
-        task, _ = await app.state.supervisor.submit("p", "t", streamer.parse_options({"implement": False}, 60))
+        options = streamer.parse_options({"implement": False}, 60)
+        task, _ = await app.state.supervisor.submit("p", "t", options)
         async with app.state.supervisor.watch(task.id) as subscription:
             await app.state.supervisor.start(task.id)
             return [event.type async for delivery in subscription for event in delivery.events]
 assert anyio.run(one)[-1] == "TASK_COMPLETE"
-assert not {"metagpt", "openai", "loguru", "pydantic", "yaml", "numpy"} & set(sys.modules), "imported"
+heavy = {"metagpt", "openai", "loguru", "pydantic", "yaml", "numpy"}
+assert not heavy & set(sys.modules), "imported"
 """
     with process("-c", code, cwd=tmp_path) as script:
         assert script.wait() == 0, "".join(script.errors)
@@ -2283,7 +2376,7 @@ WRONG_MODELS: list[tuple[dict[str, str], Any, str]] = [
 
 @pytest.fixture
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """MetaGPT's configuration from an environment and a config2.yaml; complaints without its path."""
+    """MetaGPT's configuration from an environment and a config2.yaml; no path in complaints."""
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / ".metagpt" / "config2.yaml"
     path.parent.mkdir()
@@ -2656,8 +2749,9 @@ def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) 
         (OSError(errno.EIO, "Broken", "/work/a.py"), "the file a.py cannot be used: Broken"),
         (
             json.JSONDecodeError("Expecting value", "{", 1),
-            "the model's answer has not the form asked; a stronger model (llm.model) may keep to the form asked. "
-            "It begins 'Sure! Here it is'. Expecting value: line 1 column 2 (char 1)",
+            "the model's answer has not the form asked; a stronger model (llm.model) may keep "
+            "to the form asked. It begins 'Sure! Here it is'. "
+            "Expecting value: line 1 column 2 (char 1)",
         ),
         (
             KeyError("Task list"),
@@ -2726,7 +2820,7 @@ def refusing_proxy() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_model_requests_go_to_their_own_vendor_through_llm_proxy(tmp_path: Path) -> None:
-    """A vendor's default server, its key and nobody else's, and the proxy that the settings name."""
+    """A vendor's default server, its key and nobody else's, and the proxy the settings name."""
     plain = {"model": "m", "api_version": "1"}
     vendors = ["openai", "mistral", "openrouter", "fireworks", "anthropic", "claude"]
     models = [{**plain, "api_type": vendor, "api_key": f"key-of-{vendor}"} for vendor in vendors]
@@ -2829,7 +2923,11 @@ CHUNKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         ("OpenAILLM", {"choices": [], "usage": usage}, ("", "", "", {}))
         for usage in ("7", [7], {"prompt_tokens": -7}, {"prompt_tokens": 10**30})
     ),
-    ("OpenAILLM", {"usage": {"prompt_tokens": math.nan, "completion_tokens": "5"}}, ("", "", "", {})),
+    (
+        "OpenAILLM",
+        {"usage": {"prompt_tokens": math.nan, "completion_tokens": "5"}},
+        ("", "", "", {}),
+    ),
     ("OpenAILLM", choice({"content": None, "reasoning_content": "hm"}), ("", "hm", "", {})),
     ("OpenAILLM", choice({"reasoning": "hm", "reasoning_content": "hm"}), ("", "hm", "", {})),
     ("OpenAILLM", choice({"content": THINKING_BLOCKS}), ("", "hm", "", {})),
@@ -2843,7 +2941,11 @@ CHUNKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         {"delta": {"stop_reason": "max_tokens"}, "usage": {"output_tokens": 5}},
         ("", "", "max_tokens", {"completion_tokens": 5}),
     ),
-    ("AnthropicLLM", {"content": ANSWER_BLOCKS, "stop_reason": "end_turn"}, ("x", "hm", "end_turn", {})),
+    (
+        "AnthropicLLM",
+        {"content": ANSWER_BLOCKS, "stop_reason": "end_turn"},
+        ("x", "hm", "end_turn", {}),
+    ),
     ("OllamaLLM", {"message": {"content": "x", "thinking": "hm"}}, ("x", "hm", "", {})),
     ("OllamaLLM", {"response": "x", "done": True}, ("x", "", "stop", {})),
     (
@@ -2901,9 +3003,12 @@ def test_request_form_learns_from_refusals(
     wanted = {name: value for name, value in arguments.items() if value is not ...}
     assert form.fit(ASKS) == wanted
     form.keep()
-    assert streamer._RequestForm(types.SimpleNamespace(config=form._config, model="some-model")).fit(
-        ASKS
-    ) == wanted
+    assert (
+        streamer._RequestForm(types.SimpleNamespace(config=form._config, model="some-model")).fit(
+            ASKS
+        )
+        == wanted
+    )
 
 
 FINAL_REFUSALS = [
@@ -2962,12 +3067,14 @@ def test_request_form_asks_for_what_the_server_allows(
         with pytest.raises(streamer._GiveUp, match="=4096: the server allows no more"):
             form.adapt(Refusal(text, param))
     else:
-        assert form.adapt(Refusal(text, param)) == "the model server allows an answer of 8192 tokens"
+        assert (
+            form.adapt(Refusal(text, param)) == "the model server allows an answer of 8192 tokens"
+        )
         assert (form.fit(ASKS)["max_tokens"], form.enlarge()) == (8192, "")
 
 
 def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
-    """80 KB in one piece are several events, none of them cut; surrogates of two pieces are one character."""
+    """80 KB in one piece are several events, none cut; surrogates of two pieces are one letter."""
 
     async def call() -> list[tuple[str, str]]:
         run = Run(make_task(), Settings(workspace=tmp_path, max_event_bytes=1024))
@@ -2991,7 +3098,7 @@ def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
 
 @pytest.mark.main_path
 def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Process]) -> None:
-    """PRD, design, tasks, code and reviews, token by token, by the real engine; files, cost and progress reported."""
+    """PRD, design, tasks, code and reviews, token by token; files, cost and progress reported."""
     client, model, server = metagpt
     task_id = client.create("Build a todo application with React [mark=whole]")
     record = client.watch(task_id)
@@ -3011,10 +3118,14 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     for event in record.of("TOKEN"):
         calls[event["payload"]["call_id"]] += event["payload"]["message"]
     assert len(calls) == len(model.requests["whole"])
-    assert len(record.of("TOKEN")) < sum(len(text.split()) for text in calls.values()) / 5  # merged by time
+    assert (
+        len(record.of("TOKEN")) < sum(len(text.split()) for text in calls.values()) / 5
+    )  # merged by time
     assert sum("[CONTENT]" in text and "[/CONTENT]" in text for text in calls.values()) == 3
     files = {file["path"]: file["size"] for file in client.get(f"/api/tasks/{task_id}/artifacts")}
-    written = {event["payload"]["path"]: event["payload"]["size"] for event in record.of("ARTIFACT")}
+    written = {
+        event["payload"]["path"]: event["payload"]["size"] for event in record.of("ARTIFACT")
+    }
     assert files == written
     assert {"game.py", "main.py"} <= {path.rsplit("/", 1)[-1] for path in files}
     assert any(path.endswith(".mmd") for path in files)
@@ -3023,7 +3134,10 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     assert any(state.get("waiting_on", {}).get("action") == "WriteDesign" for state in states)
     used = model.usage["whole"]
     cost = record.last_state["cost"]
-    assert (cost["prompt_tokens"], cost["completion_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
+    assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
+        used["prompt_tokens"],
+        used["completion_tokens"],
+    )
     assert 0 < cost["total_cost"] < cost["max_budget"] == 3.0
     assert server.output == b""
     others = [line for line in server.errors if " INFO streamer " not in line]
@@ -3043,34 +3157,102 @@ streamer._Team = Team
 settings = streamer.Settings(port=0, max_running=12, model_timeout=4.0)
 streamer.serve(streamer.create_app(settings), settings)
 """
-WITHHELD = r"the model's answer was withheld \(content_filter\): another prompt or llm.model may pass"
+WITHHELD = (
+    r"the model's answer was withheld \(content_filter\): another prompt or llm.model may pass"
+)
 # model, mark, status; what a LOG says, or the reason; requests for code
 ANSWERS: list[tuple[str, str, str, str, int]] = [
-    ("gpt-4o", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
-    ("gpt-4o", "[code=cut once]", "SUCCEEDED", r"broke off without a finish reason: .* \(attempt 1", 2),
-    ("gpt-4o", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\): .* \(attempt 1 of 3", 2),
+    (
+        "gpt-4o",
+        "[code=length once]",
+        "SUCCEEDED",
+        "was cut at 4096 tokens, the next may have 16384",
+        2,
+    ),
+    (
+        "gpt-4o",
+        "[code=cut once]",
+        "SUCCEEDED",
+        r"broke off without a finish reason: .* \(attempt 1",
+        2,
+    ),
+    (
+        "gpt-4o",
+        "[code=empty once]",
+        "SUCCEEDED",
+        r"answer was empty \(stop\): .* \(attempt 1 of 3",
+        2,
+    ),
     ("gpt-4o", "[code=error once]", "SUCCEEDED", r"answered 500: the engine died \(attempt 1", 2),
-    ("gpt-4o", "[code=429 once]", "SUCCEEDED", r"slow down \(attempt 1 of 7, the next in 0.05 s\)", 2),
-    ("gpt-4o", "[code=silent once]", "SUCCEEDED", "said nothing for 4 s, the setting model_timeout", 2),
+    (
+        "gpt-4o",
+        "[code=429 once]",
+        "SUCCEEDED",
+        r"slow down \(attempt 1 of 7, the next in 0.05 s\)",
+        2,
+    ),
+    (
+        "gpt-4o",
+        "[code=silent once]",
+        "SUCCEEDED",
+        "said nothing for 4 s, the setting model_timeout",
+        2,
+    ),
     ("gpt-4o", "[code=huge]", "SUCCEEDED", "", 1),
     ("gpt-4o", "[code=thinks]", "SUCCEEDED", "", 1),
-    ("gpt-4o", "[code=length]", "FAILED", "in WriteCode: .* cut at llm.max_token=65536: a larger", 3),
+    (
+        "gpt-4o",
+        "[code=length]",
+        "FAILED",
+        "in WriteCode: .* cut at llm.max_token=65536: a larger",
+        3,
+    ),
     ("gpt-4o", "[code=cut]", "FAILED", r"in WriteCode: .* broke off .* \(attempt 3 of 3\)", 3),
     ("gpt-4o", "[code=content_filter]", "FAILED", f"in WriteCode: {WITHHELD}", 1),
-    ("limited", "[code=length]", "FAILED", "in WriteCode: .* cut at llm.max_token=16384: a larger", 1),
-    ("whole", "[code=empty once]", "SUCCEEDED", r"answer was empty \(stop\): .* \(attempt 1 of 3", 2),
-    ("whole", "[code=length once]", "SUCCEEDED", "was cut at 4096 tokens, the next may have 16384", 2),
+    (
+        "limited",
+        "[code=length]",
+        "FAILED",
+        "in WriteCode: .* cut at llm.max_token=16384: a larger",
+        1,
+    ),
+    (
+        "whole",
+        "[code=empty once]",
+        "SUCCEEDED",
+        r"answer was empty \(stop\): .* \(attempt 1 of 3",
+        2,
+    ),
+    (
+        "whole",
+        "[code=length once]",
+        "SUCCEEDED",
+        "was cut at 4096 tokens, the next may have 16384",
+        2,
+    ),
     ("gpt-5", "", "SUCCEEDED", "does not take temperature: it is left out", 0),
-    ("anthropic", "", "SUCCEEDED", r"answered 529: Overloaded \(attempt 1 of 7, the next in 1 s\)", 0),
+    (
+        "anthropic",
+        "",
+        "SUCCEEDED",
+        r"answered 529: Overloaded \(attempt 1 of 7, the next in 1 s\)",
+        0,
+    ),
     ("ollama", "", "SUCCEEDED", r"answered 500: CUDA error \(attempt 1 of 7, the next in 1 s\)", 0),
     ("gpt-4o", "[code=endless]", "FAILED", "the model's answer does not end: check llm.model", 1),
     ("gpt-4o", "[code=redirect]", "FAILED", r"redirects \(307\): set .*llm.base_url to where", 1),
-    ("gpt-4o", "[code=tool_calls once]", "SUCCEEDED", r"broke off \(tool_calls\): .* \(attempt 1", 2),
+    (
+        "gpt-4o",
+        "[code=tool_calls once]",
+        "SUCCEEDED",
+        r"broke off \(tool_calls\): .* \(attempt 1",
+        2,
+    ),
 ]
 
 
 def test_metagpt_takes_whole_answers_only(tmp_path: Path) -> None:
-    """Broken, cut, empty, silent and refused: tried again where that helps, else the setting is named."""
+    """Broken, cut, empty, silent, refused: retried where it helps, else the setting is named."""
     with model_server() as (model, url):
         openai = {"api_type": "openai", "api_key": KEY, "base_url": url, "model": "gpt-4o"}
         server_url = url.removesuffix("/v1")
@@ -3124,7 +3306,9 @@ def spoken(record: Watcher, kind: str) -> dict[str, str]:
     return calls
 
 
-def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelServer, Process]) -> None:
+def test_metagpt_writes_only_below_its_workspace(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
     """Nothing appears beside the workspace: no configuration, no log, no project."""
     client, _, server = metagpt
     client.watch(client.create("[mark=inside]", options={"implement": False}))
@@ -3135,15 +3319,21 @@ def test_metagpt_writes_only_below_its_workspace(metagpt: tuple[Client, ModelSer
 
 
 FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
-    ("[401]", {}, "FAILED", r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY"),
+    (
+        "[401]",
+        {},
+        "FAILED",
+        r"ProductManager failed in WritePRD: .* rejected the key \(401\): check OPENAI_API_KEY",
+    ),
     ("[404]", {}, "FAILED", r"has no model 'gpt-4o' \(404\): check OPENAI_MODEL"),
     (
         "[garbage]",
         {},
         "FAILED",
-        r"^ProductManager failed in WritePRD: after 6 attempts the model's answer has not the form asked; "
-        r"a stronger model \(llm\.model\) may keep to the form asked\. "
-        r"It begins 'I would rather not answer in JSON\.'\. Expecting value: line 1 column 1 \(char 0\)$",
+        r"^ProductManager failed in WritePRD: after 6 attempts the model's answer has not the form "
+        r"asked; a stronger model \(llm\.model\) may keep to the form asked\. "
+        r"It begins 'I would rather not answer in JSON\.'\. "
+        r"Expecting value: line 1 column 1 \(char 0\)$",
     ),
     ("[garbage once]", {}, "SUCCEEDED", r"idle"),
     ("[503 once]", {}, "SUCCEEDED", r"idle"),
@@ -3151,11 +3341,26 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
     ("", {"investment": 0.001}, "FAILED", r"the budget is spent: \$0\.0\d+ of \$0\.001"),
     ("", {"n_round": 2}, "SUCCEEDED", r"rounds"),
     ("[slow]", {"timeout": 2}, "FAILED", r"^timed out after 2 s \(options\.timeout\)$"),
-    ("[task=.]", {}, "FAILED", r"^Engineer failed in WriteCode.*: the file \w+ cannot be used: Is a directory$"),
-    ("[task=../../../../escaped.py]", {}, "FAILED", r"the model named a file outside the task's workspace"),
+    (
+        "[task=.]",
+        {},
+        "FAILED",
+        r"^Engineer failed in WriteCode.*: the file \w+ cannot be used: Is a directory$",
+    ),
+    (
+        "[task=../../../../escaped.py]",
+        {},
+        "FAILED",
+        r"the model named a file outside the task's workspace",
+    ),
     ("[task=/etc/hostname]", {}, "FAILED", r"the model named a file outside the task's workspace"),
     ("", {"run_tests": True, "n_round": 8}, "SUCCEEDED", r"idle|rounds"),
-    ("[task=../.git/config]", {}, "FAILED", r"the model named a file of git's own: '.*/\.git/config'"),
+    (
+        "[task=../.git/config]",
+        {},
+        "FAILED",
+        r"the model named a file of git's own: '.*/\.git/config'",
+    ),
     ("[task=../.G\u200cit/commondir]", {}, "FAILED", r"the model named a file of git's own: "),
     ("[task=../.gitattributes]", {}, "SUCCEEDED", r"idle"),
     ("[task=游戏.py]", {}, "SUCCEEDED", r"idle"),
@@ -3165,7 +3370,8 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
         "[task=none]",
         {},
         "FAILED",
-        r"^Engineer failed: the model's list of tasks names no file; a stronger model \(llm\.model\) may ",
+        r"^Engineer failed: the model's list of tasks names no file; "
+        r"a stronger model \(llm\.model\) may ",
     ),
     (
         f"[task={'x' * 300}.py]",
@@ -3178,7 +3384,7 @@ FAILURES: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, Process]) -> None:
-    """Each way to fail ends in the right status, with a reason a person can act on, and no key anywhere."""
+    """Each way to fail ends in the right status, with a reason to act on, and no key anywhere."""
     client, model, server = metagpt
 
     def run(number: int) -> Watcher:
@@ -3192,36 +3398,59 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
     for (prompt, options, status, reason), record in zip(FAILURES, records, strict=True):
         state = record.last_state
         assert state["status"] == status, (prompt, options, state)
-        assert re.search(reason, state["error_message"] or state["final_result"]["end_reason"]), (prompt, state)
+        assert re.search(reason, state["error_message"] or state["final_result"]["end_reason"]), (
+            prompt,
+            state,
+        )
         if status == "FAILED" and "timed out" not in reason:
             (error,) = record.of("ERROR")
             assert error["agent_role"] is not None
             assert error["payload"]["message"][:300] == state["error_message"]
         assert sum(event["event_type"] in TERMINAL for event in record.events) == 1
-        assert record.events[-1]["event_type"] == ("TASK_COMPLETE" if status == "SUCCEEDED" else "TASK_ERROR")
+        assert record.events[-1]["event_type"] == (
+            "TASK_COMPLETE" if status == "SUCCEEDED" else "TASK_ERROR"
+        )
         assert KEY not in json.dumps(record.messages)
     assert KEY not in "".join(server.errors)
     assert len(model.requests["fail0"]) == 1  # a rejected key is not tried again
     assert len(model.requests["fail2"]) == 6
-    retried = [event for event in records[4].of("LOG", "TOKEN") if event["payload"].get("level") in ("WARNING", None)]
+    retried = [
+        event
+        for event in records[4].of("LOG", "TOKEN")
+        if event["payload"].get("level") in ("WARNING", None)
+    ]
     assert "answered 503: " in retried[0]["payload"]["message"]  # before the attempt that succeeds
     assert records[5].last_state["cost"]["completion_tokens"] > 0  # estimated
     assert not (Path("/etc") / "escaped.py").exists()
     roles = {event["agent_role"] for event in records[12].of("AGENT_START")}
     assert "QaEngineer" in roles
-    assert any(path.endswith("/游戏.py") for path in records[16].last_state["final_result"]["files"])
+    assert any(
+        path.endswith("/游戏.py") for path in records[16].last_state["final_result"]["files"]
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    [".git", ".GIT", ".git ", ".git. .", ".git::$INDEX_ALLOCATION", "git~1", "GIT~12", ".g\u200cit", "．ｇｉｔ"],
+    [
+        ".git",
+        ".GIT",
+        ".git ",
+        ".git. .",
+        ".git::$INDEX_ALLOCATION",
+        "git~1",
+        "GIT~12",
+        ".g\u200cit",
+        "．ｇｉｔ",
+    ],
 )
 def test_git_names_in_every_spelling_are_refused(name: str) -> None:
     """What HFS+, NTFS or a file system that ignores case takes for git's folder."""
     assert streamer._is_git_name(name)
 
 
-@pytest.mark.parametrize("name", [".gitignore", ".gitattributes", "git", "a.git", ".github", "游戏.py", "..", ""])
+@pytest.mark.parametrize(
+    "name", [".gitignore", ".gitattributes", "git", "a.git", ".github", "游戏.py", "..", ""]
+)
 def test_git_names_are_no_more_than_that(name: str) -> None:
     """Names that only resemble git's are a project's own."""
     assert not streamer._is_git_name(name)
@@ -3239,8 +3468,10 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize(("pattern", "group", "tokens"), PATTERNS)
-def test_linear_pattern_finds_what_the_original_finds(pattern: str, group: int | str, tokens: list[str]) -> None:
-    """The patterns of MetaGPT that can hold the interpreter, and what replaces them, on short random texts."""
+def test_linear_pattern_finds_what_the_original_finds(
+    pattern: str, group: int | str, tokens: list[str]
+) -> None:
+    """MetaGPT's patterns that can hold the interpreter, and what replaces them, on random texts."""
     chance = random.Random(pattern)
     for _ in range(5000):
         text = "".join(chance.choices(tokens, k=chance.randrange(12)))
@@ -3308,11 +3539,33 @@ def test_metagpt_parsers_stand_any_answer(tmp_path: Path) -> None:
         name, result = json.loads(line)
         found[name].append(result)
     open_end = ["str", "Exception", "Exception", "list", "ValueError", "ValueError", "str", "none"]
-    lists = ["str", "Exception", "SyntaxError", "SyntaxError", "ValueError", "ValueError", "str", "none"]
-    program = ["str", "Exception", "ValueError", "ValueError", "ValueError", "ValueError", "str", []]
+    lists = [
+        "str",
+        "Exception",
+        "SyntaxError",
+        "SyntaxError",
+        "ValueError",
+        "ValueError",
+        "str",
+        "none",
+    ]
+    program = [
+        "str",
+        "Exception",
+        "ValueError",
+        "ValueError",
+        "ValueError",
+        "ValueError",
+        "str",
+        [],
+    ]
     code = "a = [1]\n"
     assert found == {
-        "no end of blanks": [*open_end[:4], "str", *open_end[5:]],  # what follows the fence is Python
+        "no end of blanks": [
+            *open_end[:4],
+            "str",
+            *open_end[5:],
+        ],  # what follows the fence is Python
         "no end of fences": open_end,
         "no end of content": lists,  # of CONTENT in brackets
         "no end of lists": lists,
@@ -3322,7 +3575,9 @@ def test_metagpt_parsers_stand_any_answer(tmp_path: Path) -> None:
     }
 
 
-def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelServer, Process]) -> None:
+def test_metagpt_program_of_the_team_sees_no_key(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
     """With run_tests, what the model wrote is run; the model's key is not in its environment."""
     client, _, _ = metagpt
     task_id = client.create("Build [mark=environ]", options={"run_tests": True, "n_round": 8})
@@ -3337,8 +3592,9 @@ def test_metagpt_program_of_the_team_sees_no_key(metagpt: tuple[Client, ModelSer
 
 
 def test_memory_is_hidden_from_other_programs(tmp_path: Path) -> None:
-    """Linux lets no program of the same user read what is not dumpable, /proc/…/environ and mem included."""
-    code = "import ctypes, streamer; streamer._hide_memory(); raise SystemExit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    """Linux lets no program of the same user read what is not dumpable: /proc/…/environ, mem."""
+    code = "import ctypes, streamer; streamer._hide_memory(); "
+    code += "raise SystemExit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     with process("-c", code, cwd=tmp_path) as script:
         assert script.wait() == 0, "".join(script.errors)
 
@@ -3349,7 +3605,9 @@ def test_git_reads_no_configuration_and_knows_its_author(tmp_path: Path) -> None
     environ = streamer.git_environ(given)
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=project, env=environ, check=True, stdout=subprocess.PIPE)
+        done = subprocess.run(
+            ["git", *command], cwd=project, env=environ, check=True, stdout=subprocess.PIPE
+        )
         return done.stdout.decode()
 
     project = tmp_path / "project"
@@ -3530,7 +3788,7 @@ def test_metagpt_budgets_hold_for_the_task(
 
 
 def test_metagpt_server_that_is_down_is_said_at_once(tmp_path: Path) -> None:
-    """Every failed attempt is a LOG when it fails; after five the task is FAILED and says where it knocked."""
+    """Every failed attempt is a LOG when it fails; after five the task is FAILED and says where."""
     with loopback() as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, "OPENAI_MODEL": "some-model"}
@@ -3545,7 +3803,7 @@ def test_metagpt_server_that_is_down_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, Process]) -> None:
-    """Eight teams at once, each answer needing a retry: no marker, file, prompt, cost or client crosses."""
+    """Eight teams at once, each answer needing a retry: no marker, file, prompt or cost crosses."""
     client, model, _ = metagpt
     marks = [f"iso{number}" for number in range(8)]
 
@@ -3566,7 +3824,10 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         assert not [(name, text[:80]) for name in foreign for text in texts if name in text]
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
         used, cost = model.usage[mark], record.last_state["cost"]
-        assert (cost["prompt_tokens"], cost["completion_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
+        assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
+            used["prompt_tokens"],
+            used["completion_tokens"],
+        )
     # One client, one task.
     assert [marks for _, marks in model.connections.values() if len(marks) > 1] == []
 
@@ -3594,7 +3855,9 @@ def test_metagpt_cancel_during_a_model_call(metagpt: tuple[Client, ModelServer, 
     assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
 
 
-def test_metagpt_token_shows_while_the_model_pauses(metagpt: tuple[Client, ModelServer, Process]) -> None:
+def test_metagpt_token_shows_while_the_model_pauses(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
     """What the model has said is seen before it says more."""
     client, model, _ = metagpt
     with client.socket(client.create("[mark=pause] [pause]")) as websocket:
@@ -3626,11 +3889,15 @@ streamer.serve(streamer.create_app(settings), settings)
 
 
 @pytest.mark.parametrize(("grace", "abandoned"), [(2 * TIMEOUT, False), (0.5, True)])
-def test_metagpt_cancel_during_a_file_operation(tmp_path: Path, grace: float, abandoned: bool) -> None:
-    """A thread in a synchronous operation is waited for, for `grace` seconds; then it is abandoned, and said so."""
+def test_metagpt_cancel_during_a_file_operation(
+    tmp_path: Path, grace: float, abandoned: bool
+) -> None:
+    """A thread in a synchronous operation is waited for `grace` seconds, then abandoned."""
     with model_server() as (_, url):
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
-        with process("-c", SYNC_FILE_OPERATION, str(grace), cwd=tmp_path, environ=environ) as server:
+        with process(
+            "-c", SYNC_FILE_OPERATION, str(grace), cwd=tmp_path, environ=environ
+        ) as server:
             client = server.client
             watcher = client.follow(client.create("[mark=file]"))
             wait_until((tmp_path / "begun").exists)
@@ -3644,7 +3911,7 @@ def test_metagpt_cancel_during_a_file_operation(tmp_path: Path, grace: float, ab
 
 
 def test_metagpt_loads_while_the_server_answers(tmp_path: Path) -> None:
-    """A task posted at once waits in PENDING and says that MetaGPT is loading; the server answers meanwhile."""
+    """A task posted at once is PENDING and says that MetaGPT loads; the server answers."""
     with model_server() as (_, url):
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
         with process(SERVER, "--port", "0", cwd=tmp_path, environ=environ) as server:
@@ -3661,7 +3928,8 @@ def test_metagpt_takes_its_own_configuration_file(tmp_path: Path) -> None:
     with model_server() as (model, url):
         folder = tmp_path / ".metagpt"
         folder.mkdir()
-        text = f"llm:\n  api_type: openai\n  model: from-the-file\n  base_url: {url}\n  api_key: {KEY}\n"
+        text = "llm:\n  api_type: openai\n  model: from-the-file\n"
+        text += f"  base_url: {url}\n  api_key: {KEY}\n"
         (folder / "config2.yaml").write_text(text)
         with process(SERVER, "--port", "0", cwd=tmp_path) as server:
             client = server.client
@@ -3680,17 +3948,20 @@ import sys
 from pathlib import Path
 import streamer
 engine = streamer.load_metagpt(Path.cwd())
-unused = {"anthropic", "docx", "pandas", "nbclient", "metagpt.environment.werewolf", "metagpt.provider.ollama_api"}
+unused = {"anthropic", "docx", "pandas", "nbclient"}
+unused |= {"metagpt.environment.werewolf", "metagpt.provider.ollama_api"}
 assert not unused & set(sys.modules), unused & set(sys.modules)
 import pydantic
 kinds = list(streamer._subclasses(pydantic.BaseModel))
-assert [kind for kind in kinds if kind.__module__[:7] == "metagpt" and not kind.__pydantic_complete__] == []
+kinds = [kind for kind in kinds if kind.__module__[:7] == "metagpt"]
+assert [kind for kind in kinds if not kind.__pydantic_complete__] == []
 
 from metagpt.configs.llm_config import LLMType
 providers = engine.LLM_REGISTRY.providers
 assert providers[LLMType.CLAUDE].__module__ == "metagpt.provider.anthropic_api"
 assert providers[LLMType("ollama.embed")].__name__ == "OllamaEmbed"
-assert sys.modules["metagpt.utils.token_counter"].anthropic.Client is sys.modules["anthropic"].Client
+counter = sys.modules["metagpt.utils.token_counter"]
+assert counter.anthropic.Client is sys.modules["anthropic"].Client
 try:
     providers[LLMType.GEMINI]
 except ModuleNotFoundError as error:
@@ -3713,9 +3984,13 @@ except ModuleNotFoundError as error:
         assert script.wait() == 0, "".join(script.errors)
 
 
-def test_deferred_module_is_loaded_once_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_module_is_loaded_once_for_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever uses it first, in whatever thread, gets the real module, and so do all others."""
-    (tmp_path / "late_module.py").write_text("import threading\nTHREADS = threading.active_count()\nKEY = object()\n")
+    (tmp_path / "late_module.py").write_text(
+        "import threading\nTHREADS = threading.active_count()\nKEY = object()\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     deferred = streamer._DeferredModule("late_module")
     monkeypatch.setitem(sys.modules, "late_module", deferred)
@@ -3784,8 +4059,7 @@ def test_run_twice_starts_once(tmp_path: Path) -> None:
 
 
 def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) -> None:
-    """Neither task's runner is ever called; both end CANCELLED, and the slot stays with who has it.
-    """
+    """Neither task's runner is ever called; both end CANCELLED, and the slot stays where it is."""
     gate = Gate()
     with live(gate, tmp_path, max_running=1) as client:
         running, waiting, unstarted = client.create(), client.create(), client.create()
@@ -4294,18 +4568,19 @@ def test_fault_rejoining_a_finished_run_hangs(tmp_path: Path) -> None:
 
 
 def test_fault_two_speakers_interleave_in_one_message(tmp_path: Path) -> None:
-    """agentscope-java#2500. Tokens of two roles that stream at once keep their role and their call.
-    """
+    """agentscope-java#2500. Tokens of two roles that stream at once keep their role and call."""
     code = """
 import asyncio, streamer
 def runner(run):
     engine = streamer.load_metagpt(run.workspace.parent)
     async def speak(team, role):
         streamer._speaker.set(streamer._Speaker(team, role, "Chat"))
-        await team.context.llm_with_cost_manager_from_llm_config(team.context.config.llm).aask(f"[mark={role}] speak")
+        llm = team.context.llm_with_cost_manager_from_llm_config(team.context.config.llm)
+        await llm.aask(f"[mark={role}] speak")
     async def work():
         team = streamer._Team(engine, run)
-        await asyncio.gather(*[speak(team, role) for role in ("Architect", "Engineer", "Architect")])
+        roles = ("Architect", "Engineer", "Architect")
+        await asyncio.gather(*[speak(team, role) for role in roles])
     asyncio.run(work())
 streamer.logging.basicConfig(level="INFO")
 settings = streamer.Settings(port=0)
@@ -6243,8 +6518,10 @@ def test_uvicorn_factory_serves_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_the_run_tell_the_clients_and_exit(tmp_path: Path, how: signal.Signals) -> None:
-    """Ten clients of a running task get what was emitted and TASK_CANCELLED, one of an idle task 1001."""
+def test_signals_stop_the_run_tell_the_clients_and_exit(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    """Ten clients of a running task get its events and TASK_CANCELLED, one of an idle task 1001."""
     with process(SERVER, "--test-mode", "--port", "0", cwd=tmp_path) as server:
         client = server.client
         task_id, idle_id = client.create(), client.create()
@@ -6273,7 +6550,10 @@ def test_serve_returns_to_an_embedder_whose_thread_does_not_stop(tmp_path: Path)
 import os, threading, streamer
 settings = streamer.Settings(port=0, test_mode=True, grace=0.5)
 streamer.logging.basicConfig(level="INFO")
-streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG"), threading.Event().wait())), settings)
+def runner(run):
+    run.emit("LOG")
+    threading.Event().wait()
+streamer.serve(streamer.create_app(settings, runner=runner), settings)
 os._exit(7)
 """
     with process("-c", code, cwd=tmp_path) as server:
@@ -6289,7 +6569,10 @@ def test_signal_ends_a_process_whose_thread_does_not_stop(tmp_path: Path) -> Non
 import threading, streamer
 settings = streamer.Settings(port=0, test_mode=True, grace=1.0)
 streamer.logging.basicConfig(level="INFO")
-streamer.serve(streamer.create_app(settings, runner=lambda run: (run.emit("LOG"), threading.Event().wait())), settings)
+def runner(run):
+    run.emit("LOG")
+    threading.Event().wait()
+streamer.serve(streamer.create_app(settings, runner=runner), settings)
 """
     with process("-c", code, cwd=tmp_path) as server:
         with server.client.socket(server.client.create()) as websocket:
@@ -6307,7 +6590,13 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
     with process(*arguments, cwd=tmp_path, environ={"STREAMER_PROT": "1"}) as command:
         assert command.wait() == 0
         text = command.output.decode()
-        for part in ("[ProductManager] AGENT_START", "# Requirements", "-- RUNNING 25%", "TASK_COMPLETE", "files: "):
+        for part in (
+            "[ProductManager] AGENT_START",
+            "# Requirements",
+            "-- RUNNING 25%",
+            "TASK_COMPLETE",
+            "files: ",
+        ):
             assert part in text
         assert command.errors == ["STREAMER_PROT is unknown (did you mean STREAMER_PORT?)\n"]
 
@@ -6318,7 +6607,9 @@ def on_terminal(folder: Path, *command: str) -> tuple[int, str]:
     os.set_inheritable(theirs, True)
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
     environ["PYTHONPATH"] = str(HERE)
-    popen = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=theirs, stderr=theirs, env=environ)
+    popen = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, stdout=theirs, stderr=theirs, env=environ
+    )
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # Linux says so when the other end is closed
@@ -6329,10 +6620,17 @@ def on_terminal(folder: Path, *command: str) -> tuple[int, str]:
 
 
 def test_run_draws_a_display_on_a_terminal(tmp_path: Path) -> None:
-    """On a real terminal: a bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
+    """A bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
     code, text = on_terminal(tmp_path, "-c", QUICK, "run", "Build \x1b[31m one", "--test-mode")
     assert code == 0
-    for part in ("Engineer WriteCode", "100%", "$0.0000 of $3.00", "src/app.py", "files: ", "\x1b[2m# Requirements"):
+    for part in (
+        "Engineer WriteCode",
+        "100%",
+        "$0.0000 of $3.00",
+        "src/app.py",
+        "files: ",
+        "\x1b[2m# Requirements",
+    ):
         assert part in text, part
     assert "\x1b[31m" not in text.split("ProductManager")[0]
 
@@ -6361,7 +6659,7 @@ sys.exit(streamer.main())
 
 
 def test_run_shows_the_line_that_is_being_written(tmp_path: Path) -> None:
-    """A line of a model that has not ended is seen, by its end; thinking is italic; a price may be unknown."""
+    """An unfinished line is seen, by its end; thinking is italic; a price may be unknown."""
     code, text = on_terminal(tmp_path, "-c", THINKING, "run", "Build", "--test-mode")
     assert code == 0
     open_line, whole = text.split(", of it", 1)[0], text
@@ -6375,7 +6673,11 @@ def test_transcript_leaves_thinking_out(capsys: pytest.CaptureFixture[str]) -> N
     """In plain lines nothing would tell it from what the model answers."""
     transcript = streamer.Transcript()
     for kind, text in (("TOKEN", "a"), ("REASONING", "hm"), ("TOKEN", "b\n")):
-        data = {"event_type": kind, "agent_role": "Engineer", "payload": {"message": text, "call_id": "c"}}
+        data = {
+            "event_type": kind,
+            "agent_role": "Engineer",
+            "payload": {"message": text, "call_id": "c"},
+        }
         transcript.show({"type": "event", "data": data})
     assert capsys.readouterr().out == "ab\n"
 
@@ -6385,7 +6687,9 @@ def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
         assert command.wait() == 0
         messages = [json.loads(line) for line in command.output.splitlines()]
     assert messages[0]["type"] == "state"
-    assert [message["data"]["event_type"] for message in messages if message["type"] == "event"][-1] == "TASK_COMPLETE"
+    assert [message["data"]["event_type"] for message in messages if message["type"] == "event"][
+        -1
+    ] == "TASK_COMPLETE"
     assert messages[-1]["data"]["status"] == "SUCCEEDED"
 
 
@@ -6393,7 +6697,9 @@ def test_run_into_a_pipe_that_closes_ends_quietly(tmp_path: Path) -> None:
     """`run … | head -1` in any locale: one line, no traceback."""
     command = f"{sys.executable} -W ignore {SERVER} run 'Build 日本' --test-mode | head -1"
     environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("-- PENDING 0% $0.0000\n", "")
 
 
@@ -6403,7 +6709,9 @@ def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
         wait_until(lambda: bool(list(tmp_path.glob("workspace/*/docs/prd.md"))))
         assert command.stop(signal.SIGINT) == 130
         assert command.errors == []
-    with process(SERVER, "run", "Build", "--test-mode", "--task-timeout", "0.2", cwd=tmp_path) as command:
+    with process(
+        SERVER, "run", "Build", "--test-mode", "--task-timeout", "0.2", cwd=tmp_path
+    ) as command:
         assert command.wait() == 1
         assert b"timed out after 0.2 s" in command.output
 
@@ -6419,7 +6727,11 @@ sys.exit(streamer.main())
     ("arguments", "prompt", "options"),
     [
         (["run", "--test-mode", "Build a todo app"], "Build a todo app", {}),
-        (["--test-mode", "run", "-", "--no-code-review"], "from standard\ninput", {"code_review": False}),
+        (
+            ["--test-mode", "run", "-", "--no-code-review"],
+            "from standard\ninput",
+            {"code_review": False},
+        ),
         (
             ["run", "--n-round", "3", "Build", "--test-mode=yes", "--investment=1"],
             "Build",
@@ -6440,7 +6752,9 @@ def test_run_takes_flags_anywhere_and_the_options_of_a_task(
     command = [sys.executable, "-W", "ignore", "-c", OPTIONS_RUNNER, "--json", *arguments]
     environ = {**os.environ, "PYTHONPATH": str(HERE)}
     text = "from standard\ninput\n"
-    done = subprocess.run(command, cwd=tmp_path, env=environ, input=text, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, input=text, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout.splitlines()[-1])["data"]["final_result"]
     defaults = {name: option.default for name, option in streamer.OPTIONS.items()}
@@ -6453,26 +6767,54 @@ def test_run_takes_flags_anywhere_and_the_options_of_a_task(
         ([], "no model is configured. Set OPENAI_API_KEY"),
         (["--port", "http"], "--port must be a whole number, not 'http'"),
         (["--port"], "argument --port: expected one argument; see --help"),
-        (["--host", "0.0.0.0", "--test-mode"], "can be reached from other machines, so a token is needed"),
-        (["--workspace", "/dev/null/x"], "workspace '/dev/null/x' is a file, or below one, and must be a folder"),
+        (
+            ["--host", "0.0.0.0", "--test-mode"],
+            "can be reached from other machines, so a token is needed",
+        ),
+        (
+            ["--workspace", "/dev/null/x"],
+            "workspace '/dev/null/x' is a file, or below one, and must be a folder",
+        ),
         (["run", "--test-mode"], "run takes one prompt, in quotes; serve takes none"),
         (["run", "Build", "an", "app"], "run takes one prompt, in quotes; serve takes none"),
         (["run", " ", "--test-mode"], "prompt must be 1 to 32000 characters"),
-        (["run", "-", "--test-mode"], "prompt must be 1 to 32000 characters, not only blanks; it has 0"),
-        (["Build an app"], "'Build an app' is no command; the commands are serve (the default) and run"),
+        (
+            ["run", "-", "--test-mode"],
+            "prompt must be 1 to 32000 characters, not only blanks; it has 0",
+        ),
+        (
+            ["Build an app"],
+            "'Build an app' is no command; the commands are serve (the default) and run",
+        ),
         (["--prot", "80"], "--prot is unknown (did you mean --port?); see --help"),
-        (["run", "p", "--n-rounds=3"], "--n-rounds is unknown (did you mean --n-round?); see --help"),
-        (["run", "p", "--n-round", "99"], "--n-round must be a whole number from 1 to 50, not the number 99"),
-        (["run", "p", "--code-review=maybe"], '--code-review must be true or false, not the string "maybe"'),
-        (["run", "p", "--timeout", "3601"], "--timeout must be at most 3600 s, the server's task_timeout"),
+        (
+            ["run", "p", "--n-rounds=3"],
+            "--n-rounds is unknown (did you mean --n-round?); see --help",
+        ),
+        (
+            ["run", "p", "--n-round", "99"],
+            "--n-round must be a whole number from 1 to 50, not the number 99",
+        ),
+        (
+            ["run", "p", "--code-review=maybe"],
+            '--code-review must be true or false, not the string "maybe"',
+        ),
+        (
+            ["run", "p", "--timeout", "3601"],
+            "--timeout must be at most 3600 s, the server's task_timeout",
+        ),
         (["--n-round", "3"], "--n-round is for a task: use it with run, or POST it"),
     ],
 )
-def test_wrong_usage_exits_2_and_says_what_to_do(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+def test_wrong_usage_exits_2_and_says_what_to_do(
+    tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
     """One line, no traceback; it never falls back to the scripted team by itself."""
     command = [sys.executable, SERVER, *arguments]
     clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("streamer: ")
     assert complaint in done.stderr
@@ -6480,20 +6822,22 @@ def test_wrong_usage_exits_2_and_says_what_to_do(tmp_path: Path, arguments: list
 
 
 def test_serve_says_where_it_is_and_that_a_port_is_in_use(tmp_path: Path) -> None:
-    """The address that a person can open, above the log; the port that is taken, with what to do."""
+    """The address a person can open, above the log; the port that is taken, with what to do."""
     with loopback() as taken:
         taken.listen()
         port = str(taken.getsockname()[1])
         with process(SERVER, "--test-mode", "--port", port, cwd=tmp_path) as server:
             assert server.wait() == 2
-        complaint = f"cannot listen on port {port} of 127.0.0.1: it is in use; port 0 (--port 0) takes a free one"
+        complaint = f"cannot listen on port {port} of 127.0.0.1: it is in use; "
+        complaint += "port 0 (--port 0) takes a free one"
         assert server.errors == [f"streamer: {complaint}\n"]
     for host, token in (("0.0.0.0", "/?token=…"), ("127.0.0.1", ""), ("localhost", "")):
         environ = {"STREAMER_TOKEN": TOKEN if token else ""}
         command = ["--test-mode", "--port", "0", "--host", host]
         with process(SERVER, *command, cwd=tmp_path, environ=environ) as server:
             port = server.client.url.rpartition(":")[2]
-            line = f"streamer is at http://127.0.0.1:{port}{token} in test mode, a scripted team; Ctrl-C stops it\n"
+            line = f"streamer is at http://127.0.0.1:{port}{token} in test mode, "
+            line += "a scripted team; Ctrl-C stops it\n"
             assert server.errors[0] == line
 
 
@@ -6510,7 +6854,10 @@ def test_version_is_one_line(tmp_path: Path) -> None:
         ("llm: 7", "must hold a mapping"),
         ("llm:\n  api_key: YOUR_API_KEY", "no model is configured"),
         ("llm:\n  api_type: ollama\n  model: m", "llm.base_url in "),
-        ("llm:\n  api_type: gemini\n  api_key: abc\n  model: m", "needs a package: pip install 'google-generativeai'"),
+        (
+            "llm:\n  api_type: gemini\n  api_key: abc\n  model: m",
+            "needs a package: pip install 'google-generativeai'",
+        ),
     ],
 )
 def test_wrong_metagpt_configuration_exits_2(tmp_path: Path, config: str, complaint: str) -> None:
@@ -6523,7 +6870,7 @@ def test_wrong_metagpt_configuration_exits_2(tmp_path: Path, config: str, compla
 
 
 def test_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
-    """--help names every setting, in groups, and every option of a task, in 45 lines of 100 columns."""
+    """--help names every setting, in groups, and every task option, in 45 lines of 100 columns."""
     with process(SERVER, "--help", cwd=tmp_path) as command:
         assert command.wait() == 0
         text = command.output.decode()
@@ -6540,7 +6887,7 @@ def test_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
 
 
 def test_watcher_exits_by_the_outcome(tmp_path: Path) -> None:
-    """`python test_streamer.py <task_id>`: 0 for SUCCEEDED, 1 for another end, 2 for no such task or server."""
+    """The watcher exits 0 for SUCCEEDED, 1 for another end, 2 for no such task or server."""
     watcher = str(HERE / "test_streamer.py")
 
     def runner(run: Run) -> None:
@@ -6550,7 +6897,9 @@ def test_watcher_exits_by_the_outcome(tmp_path: Path) -> None:
 
     with live(runner, tmp_path) as client:
         for prompt, code in (("succeed", 0), ("fail", 1)):
-            with process(watcher, client.create(prompt), "--url", client.url, cwd=tmp_path) as command:
+            with process(
+                watcher, client.create(prompt), "--url", client.url, cwd=tmp_path
+            ) as command:
                 assert command.wait() == code
                 assert "hello" in command.output.decode()
         with process(watcher, "nope", "--url", client.url, cwd=tmp_path) as command:
@@ -6590,14 +6939,16 @@ def paste_into_zsh(lines: str, stdin: int, **how: Any) -> subprocess.CompletedPr
     """As at its prompt, without anybody's configuration; wscat gets the person's terminal."""
     lines = f"set -e\nwscat() {{ command wscat $@ <&{stdin} }}\n{lines}"
     command = [needs("zsh"), "-f", "-i", "-s"]
-    return subprocess.run(command, input=lines, pass_fds=[stdin], capture_output=True, text=True, **how)
+    return subprocess.run(
+        command, input=lines, pass_fds=[stdin], capture_output=True, text=True, **how
+    )
 
 
 @pytest.mark.parametrize("paste", [paste_into_bash, paste_into_zsh])
 def test_readme_lines_work_as_written(
     scripted: Client, tmp_path: Path, paste: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """The curl and wscat lines of the API by example, one after the other; only the port differs."""
+    """The curl and wscat lines of the API by example, one by one; only the port differs."""
     needs("curl")
     needs("wscat")
     blocks = [block for block in readme_blocks("The API by example") if ".venv" not in block]
@@ -6609,13 +6960,23 @@ def test_readme_lines_work_as_written(
         os.close(readable)
         os.close(writable)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    for part in ('"type":"connected"', '"event_type":"TASK_COMPLETE"', '"status":"CANCELLED"', "id: 1\n"):
+    for part in (
+        '"type":"connected"',
+        '"event_type":"TASK_COMPLETE"',
+        '"status":"CANCELLED"',
+        "id: 1\n",
+    ):
         assert part in done.stdout, part
-    assert {each["status"] for each in scripted.get("/api/tasks")["items"]} == {"SUCCEEDED", "CANCELLED"}
+    assert {each["status"] for each in scripted.get("/api/tasks")["items"]} == {
+        "SUCCEEDED",
+        "CANCELLED",
+    }
 
 
-def test_readme_configurations_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of MetaGPT's configurations passes the checks of the start; its values are text, as MetaGPT wants them."""
+def test_readme_configurations_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of MetaGPT's configurations passes the checks of the start; its values are text."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".metagpt").mkdir()
     examples = readme_example("yaml", "llm:").split("\n\n")
@@ -6628,8 +6989,10 @@ def test_readme_configurations_are_complete(tmp_path: Path, monkeypatch: pytest.
     assert vendors == ["openai", "azure", "anthropic", "ollama", "openai", "openai"]
 
 
-def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: RedisServer) -> None:
-    """The configuration as the README shows it, but for its ports: HTTP, WebSocket and SSE, and one replica killed."""
+def test_readme_nginx_example_serves_two_replicas(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """The configuration of the README, but for ports: HTTP, WebSocket, SSE, a replica killed."""
     nginx = needs("nginx")
     config = readme_example("nginx", "upstream")
     with replicas(2, redis_server, tmp_path) as servers, loopback() as free:
@@ -6639,8 +7002,20 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
             config = config.replace(f":{old}", f":{new}")
         (tmp_path / "nginx.conf").write_text(config.replace("http {", "http { access_log off;"))
         free.close()
-        command = [nginx, "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf", "-g", "pid nginx.pid;"]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)  # it listens when this returns
+        command = [
+            nginx,
+            "-p",
+            str(tmp_path),
+            "-e",
+            "stderr",
+            "-c",
+            "nginx.conf",
+            "-g",
+            "pid nginx.pid;",
+        ]
+        subprocess.run(
+            command, check=True, stderr=subprocess.DEVNULL
+        )  # it listens when this returns
         client = Client(f"http://127.0.0.1:{port}")
         try:
             task_id = client.create("0.001")
@@ -6648,13 +7023,17 @@ def test_readme_nginx_example_serves_two_replicas(tmp_path: Path, redis_server: 
             for witness in witnesses:
                 witness.sees()
             accept = {"Accept": "text/event-stream"}
-            with client.http.stream("GET", f"/api/tasks/{task_id}/events", headers=accept) as response:
+            with client.http.stream(
+                "GET", f"/api/tasks/{task_id}/events", headers=accept
+            ) as response:
                 assert "connected" in next(response.iter_lines())
             assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
             logs = [witness.join() for witness in witnesses]
             assert logs == [whole_log(client, task_id)] * 4
             servers[0].stop(signal.SIGKILL)
-            assert [client.get(f"/api/tasks/{task_id}")["status"] for _ in range(4)] == ["CANCELLED"] * 4
+            assert [client.get(f"/api/tasks/{task_id}")["status"] for _ in range(4)] == [
+                "CANCELLED"
+            ] * 4
         finally:
             subprocess.run([*command, "-s", "stop"], check=True, stderr=subprocess.DEVNULL)
             client.http.close()
@@ -6670,7 +7049,9 @@ def readme_example(language: str, part: str) -> str:
 def test_readme_python_client_runs(tmp_path: Path) -> None:
     """The ten lines print every event of a run."""
     with live(burst(3), tmp_path) as server:
-        code = readme_example("python", "websockets.sync").replace("127.0.0.1:8000", server.url.removeprefix("http://"))
+        code = readme_example("python", "websockets.sync").replace(
+            "127.0.0.1:8000", server.url.removeprefix("http://")
+        )
         with process("-c", code, cwd=tmp_path) as client:
             assert client.wait() == 0, client.errors
             assert client.output.decode().splitlines()[1:] == [
@@ -6686,7 +7067,9 @@ def test_readme_javascript_client_runs(tmp_path: Path, chromium: Any) -> None:
     chromium.on("console", lambda message: said.append(message.text))
     with live(burst(3), tmp_path) as server:
         chromium.goto(server.url)
-        with chromium.expect_console_message(lambda message: message.text.startswith("closed")) as closed:
+        with chromium.expect_console_message(
+            lambda message: message.text.startswith("closed")
+        ) as closed:
             chromium.evaluate(f"async () => {{ {readme_example('js', 'WebSocket')} }}")
     assert closed.value.text == "closed 1000"
     assert said[1:-1] == [*(f"LOG line {n}" for n in range(3)), "RESULT done", "TASK_COMPLETE done"]
@@ -6694,7 +7077,8 @@ def test_readme_javascript_client_runs(tmp_path: Path, chromium: Any) -> None:
 
 def test_readme_mounting_example_runs(tmp_path: Path) -> None:
     code = readme_example("python", "Mount(")
-    code += "from starlette.testclient import TestClient\nwith TestClient(app, 'http://localhost') as client:\n"
+    code += "from starlette.testclient import TestClient\n"
+    code += "with TestClient(app, 'http://localhost') as client:\n"
     code += "    print(client.get('/agents/healthz').json())"
     with process("-c", code, cwd=tmp_path) as client:
         assert client.wait() == 0, client.errors
@@ -6702,7 +7086,7 @@ def test_readme_mounting_example_runs(tmp_path: Path) -> None:
 
 
 def test_readme_commands_run_as_written(tmp_path: Path) -> None:
-    """Those with `.venv/bin/python`, but for installing and the tests: the scripted team does, at a free port."""
+    """Those with `.venv/bin/python`, but for installing and the tests, by the scripted team."""
     text = (HERE / "README.md").read_text()
     commands = re.findall(r"\.venv/bin/python ([^`&\n#]*)", text)
     seen = set()
@@ -6727,19 +7111,26 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
 
 
 def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
-    """The Compose file and the unit: by their own tools where they are installed, their syntax anywhere."""
+    """The Compose file and the unit: by their own tools where installed, their syntax anywhere."""
     compose = readme_example("yaml", "services:")
     services = yaml.safe_load(compose)["services"]
     assert services["streamer"]["healthcheck"]["test"][:2] == ["CMD", "python"]
     compile(services["streamer"]["healthcheck"]["test"][3], "healthcheck", "exec")
     (tmp_path / "compose.yaml").write_text(compose)
-    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+    if (
+        shutil.which("docker")
+        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+    ):
         subprocess.run(["docker", "compose", "config", "--quiet"], cwd=tmp_path, check=True)
     unit = readme_example("ini", "[Service]")
     configparser.ConfigParser(strict=True).read_string(unit)
     if shutil.which("systemd-analyze"):
-        (tmp_path / "streamer.service").write_text(unit.replace("/srv/streamer/.venv/bin/python", sys.executable))
-        done = subprocess.run(["systemd-analyze", "verify", "./streamer.service"], cwd=tmp_path, capture_output=True)
+        (tmp_path / "streamer.service").write_text(
+            unit.replace("/srv/streamer/.venv/bin/python", sys.executable)
+        )
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "./streamer.service"], cwd=tmp_path, capture_output=True
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -6747,7 +7138,8 @@ def test_readme_names_every_setting_and_route() -> None:
     """The README's tables are complete."""
     text = (HERE / "README.md").read_text()
     missing = [name for name in Settings.__dataclass_fields__ if f"`{name}`" not in text]
-    paths = {getattr(route, "path").replace("task_id", "id").replace(":path", "") for route in streamer.ROUTES}  # noqa: B009
+    routes = [str(vars(route)["path"]) for route in streamer.ROUTES]
+    paths = {path.replace("task_id", "id").replace(":path", "") for path in routes}
     missing += sorted(path for path in paths if path not in text)
     missing += [kind for kind in EventType if f"`{kind}`" not in text]
     assert missing == []
@@ -6755,7 +7147,9 @@ def test_readme_names_every_setting_and_route() -> None:
 
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
     """The runner of one's own, as the README shows it, says where it is."""
-    code = readme_example("python", "def runner").replace("Settings()", "Settings(port=0, test_mode=True)")
+    code = readme_example("python", "def runner").replace(
+        "Settings()", "Settings(port=0, test_mode=True)"
+    )
     with process("-c", code, cwd=tmp_path) as server:
         record = server.client.watch(server.client.create())
         assert record.last_state["status"] == "SUCCEEDED"
@@ -6768,7 +7162,7 @@ def test_readme_embedding_example_runs(tmp_path: Path) -> None:
 
 
 def watch(task_id: str, url: str, token: str = "") -> int:
-    """Shows a task as `wscat` would, but readable; resumes a connection that drops, while it gets further."""
+    """Shows a task as `wscat` would, but readable; resumes what drops, while it gets further."""
     transcript, after, status, cursor = streamer.Transcript(), 0, "", -1
     headers = {"Authorization": f"Bearer {token}"} if token else None
     while cursor < after or cursor == -1:
@@ -6792,8 +7186,8 @@ def watch(task_id: str, url: str, token: str = "") -> int:
     return 2
 
 
-# The benchmark: server on one core, clients on another, everything over loopback. Ratios within one run hold
-# from machine to machine; absolute figures do not.
+# The benchmark: server on one core, clients on another, everything over loopback. Ratios within
+# one run hold from machine to machine; absolute figures do not.
 
 LOAD = """
 import time
@@ -6825,8 +7219,9 @@ def load(loop, n, rate):
     for i in range(1, n + 1):
         if rate and (rest := start + i / rate - time.monotonic()) > 0:
             time.sleep(rest)
-        data = {"event_id": i, "task_id": "t" * 32, "timestamp": "2026-01-01T00:00:00.000Z", "agent_role": "Engineer",
-                "event_type": "LOG", "payload": {"t": time.monotonic_ns(), "message": PAD}}
+        payload = {"t": time.monotonic_ns(), "message": PAD}
+        data = {"event_id": i, "task_id": "t" * 32, "timestamp": "2026-01-01T00:00:00.000Z",
+                "agent_role": "Engineer", "event_type": "LOG", "payload": payload}
         loop.call_soon_threadsafe(broadcast, clients, json.dumps({"type": "event", "data": data}))
 async def main():
     loop = asyncio.get_running_loop()
@@ -6849,7 +7244,8 @@ BARE = """
 import logging, uvicorn
 async def app(scope, receive, send):
     if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"{}"})
     elif scope["type"] == "websocket":
         await receive()
@@ -6857,22 +7253,29 @@ async def app(scope, receive, send):
         await receive()
 class Server(uvicorn.Server):
     def _log_started_message(self, listeners):
-        logging.getLogger("bare").info("it is at http://127.0.0.1:%d", listeners[0].getsockname()[1])
+        port = listeners[0].getsockname()[1]
+        logging.getLogger("bare").info("it is at http://127.0.0.1:%d", port)
 logging.basicConfig(level="INFO")
-Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, ws_per_message_deflate=False)).run()
+options = {"log_config": None, "access_log": False, "ws_per_message_deflate": False}
+Server(uvicorn.Config(app, port=0, **options)).run()
 """
 
 
 @contextlib.contextmanager
 def bench_server(code: str, folder: Path, **environ: str) -> Iterator[Process]:
     """A server on the first core, as a user starts it; this process keeps to the last one."""
-    environ = {**{name: os.environ[name] for name in os.environ if name.startswith("STREAMER_")}, **environ}
-    with process("-c", f"import os; os.sched_setaffinity(0, {{0}})\n{code}", cwd=folder, environ=environ) as server:
+    environ = {
+        **{name: os.environ[name] for name in os.environ if name.startswith("STREAMER_")},
+        **environ,
+    }
+    with process(
+        "-c", f"import os; os.sched_setaffinity(0, {{0}})\n{code}", cwd=folder, environ=environ
+    ) as server:
         yield server
 
 
 class Swarm:
-    """Many WebSocket clients in one loop, cheap ones: they keep what comes and look at it when the clock stands."""
+    """Many cheap WebSocket clients in one loop: what comes is looked at when the clock stands."""
 
     def __init__(self, url: str, paths: list[str], small: bool = False, keep: bool = True) -> None:
         self.host, port = url.removeprefix("http://").split(":")
@@ -6889,7 +7292,8 @@ class Swarm:
         if small:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(self.address)
-        head = f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        head = f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n"
+        head += "Upgrade: websocket\r\nConnection: Upgrade\r\n"
         key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         sock.sendall((head + key).encode())
         answer = b""
@@ -6946,7 +7350,11 @@ class Swarm:
             for at, chunk in chunks:
                 data = tail + chunk
                 found += [(at - int(t)) / 1e6 for t in re.findall(rb'"t": ?(\d+),', data)]
-                tail = data[max(data.rfind(b'"t":'), len(data) - 40) :] if not data.endswith(b"}") else b""
+                tail = (
+                    data[max(data.rfind(b'"t":'), len(data) - 40) :]
+                    if not data.endswith(b"}")
+                    else b""
+                )
         return sorted(found)
 
     def close(self) -> None:
@@ -6967,7 +7375,9 @@ def percentiles(values: list[float]) -> tuple[float, float]:
     return values[len(values) // 2], values[len(values) * 99 // 100]
 
 
-def measure(server: Process, clients: int, events: int, rate: float = 0, product: bool = True) -> dict[str, float]:
+def measure(
+    server: Process, clients: int, events: int, rate: float = 0, product: bool = True
+) -> dict[str, float]:
     """One task of so many events, watched by so many clients from before its first."""
     client = server.client
     path = f"/ws/tasks/{client.create(f'n={events} rate={rate}')}?start=false" if product else "/"
@@ -6988,11 +7398,19 @@ def measure(server: Process, clients: int, events: int, rate: float = 0, product
 def bench_against_broadcast(folder: Path) -> Iterator[tuple[str, str, str]]:
     with bench_server(LOAD, folder) as ours, bench_server(BROADCAST, folder) as peer:
         for clients, events, target in ((1, 20000, "1.5"), (100, 5000, "10")):
-            rows = [(measure(ours, clients, events), measure(peer, clients, events, product=False)) for _ in range(3)]
-            mine, theirs = (statistics.median(row[side]["per_s"] for row in rows) for side in (0, 1))
+            rows = [
+                (measure(ours, clients, events), measure(peer, clients, events, product=False))
+                for _ in range(3)
+            ]
+            mine, theirs = (
+                statistics.median(row[side]["per_s"] for row in rows) for side in (0, 1)
+            )
             text = f"{mine:,.0f} /s, {mine / theirs:.1f} x websockets.broadcast ({theirs:,.0f} /s)"
             yield f"burst, K={clients}", text, f">= {target} x"
-        pairs = [(measure(ours, 50, 2000, 200), measure(peer, 50, 2000, 200, product=False)) for _ in range(3)]
+        pairs = [
+            (measure(ours, 50, 2000, 200), measure(peer, 50, 2000, 200, product=False))
+            for _ in range(3)
+        ]
         for key, unit in (("p50", "ms"), ("p99", "ms"), ("cpu", "s CPU")):
             mine, theirs = (statistics.median(pair[side][key] for pair in pairs) for side in (0, 1))
             text = f"{mine:.2f} {unit}, {mine / theirs:.2f} x websockets.broadcast ({theirs:.2f})"
@@ -7001,7 +7419,10 @@ def bench_against_broadcast(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 def bench_emit(folder: Path) -> Iterator[tuple[str, str, str]]:
     with bench_server(LOAD, folder) as server:
-        states = [server.client.watch(server.client.create("n=20000"), "types=RESULT").last_state for _ in range(3)]
+        states = [
+            server.client.watch(server.client.create("n=20000"), "types=RESULT").last_state
+            for _ in range(3)
+        ]
         spent = min(state["final_result"]["seconds"] for state in states)
         yield "emit() in the worker thread", f"{spent / 20000 * 1e6:.1f} us an event", "<= 15 us"
 
@@ -7024,8 +7445,16 @@ def bench_late_joiner(folder: Path) -> Iterator[tuple[str, str, str]]:
         for swarm, events in [*((swarm, 20000) for swarm in late), (paced, 600)]:
             swarm.check(events)
             swarm.close()
-        yield "late joiner, 20,000 events", f"{statistics.median(times):.3f} s to the last", "<= 0.25 s"
-        yield "  another task's clients meanwhile", f"p99 {percentiles(paced.latencies())[1]:.1f} ms", "<= 20 ms"
+        yield (
+            "late joiner, 20,000 events",
+            f"{statistics.median(times):.3f} s to the last",
+            "<= 0.25 s",
+        )
+        yield (
+            "  another task's clients meanwhile",
+            f"p99 {percentiles(paced.latencies())[1]:.1f} ms",
+            "<= 20 ms",
+        )
 
 
 def bench_stalled_client(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -7045,8 +7474,16 @@ def bench_stalled_client(folder: Path) -> Iterator[tuple[str, str, str]]:
             swarm.close()
             idle.close()
         ratio = statistics.median(rates[True]) / statistics.median(rates[False])
-        yield "one client that never reads, 49 that do", f"{ratio:.2f} x the time without it", "<= 1.1 x"
-        yield "  memory", f"grew {max(grown[1::2]):.0f} MB with it, {max(grown[::2]):.0f} MB without", "flat"
+        yield (
+            "one client that never reads, 49 that do",
+            f"{ratio:.2f} x the time without it",
+            "<= 1.1 x",
+        )
+        yield (
+            "  memory",
+            f"grew {max(grown[1::2]):.0f} MB with it, {max(grown[::2]):.0f} MB without",
+            "flat",
+        )
 
 
 def bench_idle_connections(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -7059,7 +7496,11 @@ def bench_idle_connections(folder: Path) -> Iterator[tuple[str, str, str]]:
             swarm = Swarm(server.client.url, [path] * 1000)
             sizes.append((cpu_and_rss(server)[1] - before) * 1024 / 1000)
             swarm.close()
-    yield "idle connection, at 1,000", f"{sizes[0]:.1f} KB (bare ASGI on uvicorn: {sizes[1]:.1f} KB)", "<= 25 KB"
+    yield (
+        "idle connection, at 1,000",
+        f"{sizes[0]:.1f} KB (bare ASGI on uvicorn: {sizes[1]:.1f} KB)",
+        "<= 25 KB",
+    )
 
 
 def bench_start(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -7074,7 +7515,10 @@ def bench_start(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def bench_metagpt(folder: Path) -> Iterator[tuple[str, str, str]]:
-    with model_server() as (_, url), bench_server(LOAD, folder, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=url) as server:
+    with (
+        model_server() as (_, url),
+        bench_server(LOAD, folder, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=url) as server,
+    ):
         path = f"/ws/tasks/{server.client.create('n=3000 rate=200')}"
         teams = [server.client.create(f"Build [mark=team{number}]") for number in range(3)]
         swarm = Swarm(server.client.url, [path] * 10)
@@ -7092,7 +7536,10 @@ def bench_metagpt(folder: Path) -> Iterator[tuple[str, str, str]]:
 def bench_many_tasks(folder: Path) -> Iterator[tuple[str, str, str]]:
     with bench_server(LOAD, folder, STREAMER_MAX_RUNNING="100") as server:
         tasks = [server.client.create("n=200 rate=20") for _ in range(100)]
-        swarm = Swarm(server.client.url, [f"/ws/tasks/{task}?start=false" for task in tasks for _ in range(10)])
+        swarm = Swarm(
+            server.client.url,
+            [f"/ws/tasks/{task}?start=false" for task in tasks for _ in range(10)],
+        )
         for task in tasks:
             server.client.post(f"/api/tasks/{task}/run")
         swarm.receive(200)
@@ -7110,7 +7557,9 @@ def bench_memory(folder: Path) -> Iterator[tuple[str, str, str]]:
         def sizes() -> str:
             status = Path(f"/proc/{server.popen.pid}/status").read_text()
             kilobytes = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+)", status, re.MULTILINE))
-            return f"{int(kilobytes['VmRSS']) // 1024} MB, peak {int(kilobytes['VmHWM']) // 1024} MB"
+            return (
+                f"{int(kilobytes['VmRSS']) // 1024} MB, peak {int(kilobytes['VmHWM']) // 1024} MB"
+            )
 
         client.watch(client.create("n=10"), "types=RESULT")
         yield "memory: after the first task", sizes(), ""
@@ -7124,19 +7573,24 @@ def bench_memory(folder: Path) -> Iterator[tuple[str, str, str]]:
         client.watch(client.create("n=1000000"), "types=RESULT")
         yield "  a million events, 20,000 kept, nobody watching", sizes(), "bounded"
         for watchers, stalled in ((100, 0), (1, 1)):
-            path = f"/ws/tasks/{client.create('n=200000' if watchers > 1 else 'n=1000000')}?start=false"
+            prompt = "n=200000" if watchers > 1 else "n=1000000"
+            path = f"/ws/tasks/{client.create(prompt)}?start=false"
             idle = Swarm(client.url, [path] * stalled, small=True)
             swarm = Swarm(client.url, [path] * watchers, keep=False)
             client.post(f"{path.split('?')[0].replace('/ws', '/api')}/run")
             swarm.receive(200_000 if watchers > 1 else 1_000_000)
-            what = "200,000 events, 100 watching" if watchers > 1 else "a million, one watching, one never reading"
+            what = (
+                "200,000 events, 100 watching"
+                if watchers > 1
+                else "a million, one watching, one never reading"
+            )
             yield f"  {what}", sizes(), "bounded"
             swarm.close()
             idle.close()
 
 
 def bench_stores(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """What each store costs, beside memory in the same run; Redis where `redis-server` is installed."""
+    """What each store costs, beside memory in the same run; Redis if `redis-server` is there."""
     redis_server = RedisServer(folder)
     with contextlib.ExitStack() as stack:
         environs = {"memory": {}, "SQLite": {"STREAMER_DB": "bench.db"}}
@@ -7144,19 +7598,34 @@ def bench_stores(folder: Path) -> Iterator[tuple[str, str, str]]:
             redis_server.start("--appendfsync", "everysec")
             stack.callback(redis_server.kill)
             environs["Redis"] = {"STREAMER_REDIS_URL": redis_server.url}
-        servers = {name: stack.enter_context(bench_server(LOAD, folder, **each)) for name, each in environs.items()}
+        servers = {
+            name: stack.enter_context(bench_server(LOAD, folder, **each))
+            for name, each in environs.items()
+        }
         for clients, events in ((1, 20000), (100, 5000)):
             for name, server in servers.items():
                 rates = [measure(server, clients, events)["per_s"] for _ in range(3)]
                 target = ">= 100,000 /s" if (name, clients) == ("SQLite", 100) else ""
                 yield f"{name}: burst, K={clients}", f"{statistics.median(rates):,.0f} /s", target
-        turns = [{name: measure(server, 50, 2000, 200) for name, server in servers.items()} for _ in range(3)]
+        turns = [
+            {name: measure(server, 50, 2000, 200) for name, server in servers.items()}
+            for _ in range(3)
+        ]
         memory = statistics.median(turn["memory"]["p99"] for turn in turns)
         for name in servers:
-            p50, p99, cpu = (statistics.median(turn[name][key] for turn in turns) for key in ("p50", "p99", "cpu"))
+            p50, p99, cpu = (
+                statistics.median(turn[name][key] for turn in turns)
+                for key in ("p50", "p99", "cpu")
+            )
             target = f"p99 <= {memory + 5:.1f} ms" if name == "SQLite" else ""
-            yield f"{name}: 200 events/s, K=50", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, {cpu:.2f} s CPU", target
-    with bench_server(LOAD, folder, STREAMER_DB="million.db", STREAMER_MAX_EVENTS="2000000") as server:
+            yield (
+                f"{name}: 200 events/s, K=50",
+                f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, {cpu:.2f} s CPU",
+                target,
+            )
+    with bench_server(
+        LOAD, folder, STREAMER_DB="million.db", STREAMER_MAX_EVENTS="2000000"
+    ) as server:
         task_id = server.client.create("n=1000000")
         server.client.watch(task_id, "types=RESULT")
         size = (folder / "million.db").stat().st_size / 1e6
@@ -7165,7 +7634,11 @@ def bench_stores(folder: Path) -> Iterator[tuple[str, str, str]]:
         seconds = swarm.receive(1_000_000)
         grown = cpu_and_rss(server)[1] - before
         swarm.close()
-        yield "SQLite: a million events", f"{size:.0f} bytes an event in the file; {before:.0f} MB resident", "bounded"
+        yield (
+            "SQLite: a million events",
+            f"{size:.0f} bytes an event in the file; {before:.0f} MB resident",
+            "bounded",
+        )
         yield "  replayed", f"{1e6 / seconds:,.0f} /s, grew {grown:.0f} MB", "bounded"
 
 
@@ -7186,7 +7659,10 @@ BENCHMARKS = {
 def bench(names: list[str]) -> int:
     """Prints the table of targets with what was measured; some four minutes for all of it."""
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
-        print("the benchmark needs Linux and two cores: one for the server, one for its clients", file=sys.stderr)
+        print(
+            "the benchmark needs Linux and two cores: one for the server, one for its clients",
+            file=sys.stderr,
+        )
         return 2
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
@@ -7199,15 +7675,27 @@ def bench(names: list[str]) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["bench"]:
         parser = argparse.ArgumentParser(prog="test_streamer.py bench", description=bench.__doc__)
-        parser.add_argument("names", nargs="*", metavar="name", help=f"some of {', '.join(BENCHMARKS)}")
+        parser.add_argument(
+            "names", nargs="*", metavar="name", help=f"some of {', '.join(BENCHMARKS)}"
+        )
         names = parser.parse_args(sys.argv[2:]).names
         if unknown := set(names) - set(BENCHMARKS):
             parser.error(f"unknown: {', '.join(unknown)}")
         return bench(names)
-    parser = argparse.ArgumentParser(description="Watch a task on a running streamer. Exits 0 if it SUCCEEDED.")
-    parser.add_argument("task_id", help="the id that POST /api/tasks answered; `bench` runs the benchmark")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
-    parser.add_argument("--token", default=os.environ.get("STREAMER_TOKEN", ""), help="the server's (STREAMER_TOKEN)")
+    parser = argparse.ArgumentParser(
+        description="Watch a task on a running streamer. Exits 0 if it SUCCEEDED."
+    )
+    parser.add_argument(
+        "task_id", help="the id that POST /api/tasks answered; `bench` runs the benchmark"
+    )
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)"
+    )
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("STREAMER_TOKEN", ""),
+        help="the server's (STREAMER_TOKEN)",
+    )
     arguments = parser.parse_args()
     return watch(arguments.task_id, arguments.url, arguments.token)
 
