@@ -1621,6 +1621,30 @@ async def test_sqlite_log_that_was_cut_stays_cut(tmp_path: Path) -> None:
         assert (await claimed(store, "a")).record.first_event_id == 61
 
 
+@pytest.mark.anyio
+async def test_sqlite_writes_that_wait_share_a_transaction(tmp_path: Path) -> None:
+    """A task that is being forgotten is neither written to nor claimed meanwhile."""
+    names = ["a", "b", "c"]
+    async with opened(db=str(tmp_path / "streamer.db")) as store:
+        states = {name: streamer.TaskState(task_id=name, last_event_id=1) for name in names}
+        for name in names:
+            await store.create(named(name))
+        claims = {name: await claimed(store, name) for name in names}
+        statements: list[str] = []
+        store._writer.set_trace_callback(statements.append)
+        async with anyio.create_task_group() as group, store._committing:
+            for name in names:
+                group.start_soon(claims[name].write, states[name], numbered(1, 1))
+            group.start_soon(store.forget, "c")
+            await anyio.wait_all_tasks_blocked()
+            assert await store.claim("c", set(TaskStatus)) is None
+            with pytest.raises(streamer.LeaseLost):
+                await claims["c"].write(states["c"], numbered(2, 1))
+        assert statements.count("BEGIN IMMEDIATE") == 1
+        assert [len(await store.read(name, 0, 9)) for name in names] == [1, 1, 0]
+        assert [each.id for each in (await store.page(None, 0, 9))[0]] == ["b", "a"]
+
+
 def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to("streamer.db")
     with busy(tmp_path, db="streamer.db") as first:
