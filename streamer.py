@@ -41,6 +41,7 @@ What it promises, and refers to below by number:
 #   "pillow==13.0.0", "propcache==0.5.4", "pydantic==2.14.4", "pydantic_core==2.50.5",
 #   "Pygments==2.21.0", "python-dotenv==1.2.4", "PyYAML==6.0.4", "redis==8.1.0",
 #   "regex==2026.11.19", "requests==2.34.2", "rich==15.0.0", "smmap==5.0.3", "sniffio==1.3.1",
+#   "socksio==1.0.0",
 #   "starlette==1.10.0", "tenacity==9.2.1", "tiktoken==0.14.0", "tree-sitter==0.26.1",
 #   "tree-sitter-python==0.25.0", "truststore==0.10.5", "typing-inspection==0.4.5",
 #   "typing_extensions==4.16.0", "urllib3==2.8.0", "uvicorn==0.54.0", "uvloop==0.23.0",
@@ -2861,8 +2862,6 @@ def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None
         scheme, _, rest = str(url or "http://none").partition("://")
         if scheme not in ("http", "https", "socks5", "socks5h") or not rest:
             raise SettingsError(f"{name} must have the form http://host:8080 or socks5://host:1080")
-        if scheme.startswith("socks") and not _installed("socksio"):
-            raise SettingsError(f"{name} is a SOCKS proxy, which needs: pip install socksio")
 
 
 def check_git(environ: Mapping[str, str]) -> None:

@@ -35,6 +35,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
@@ -2391,9 +2393,9 @@ WRONG_MODELS: list[tuple[dict[str, str], Any, str]] = [
         "llm.proxy must have the form http://host:8080 or socks5://host:1080",
     ),
     (
-        {"ALL_PROXY": "socks5://host:1080"},
+        {"ALL_PROXY": "ftp://host:1080"},
         MODEL,
-        "ALL_PROXY is a SOCKS proxy, which needs: pip install socksio",
+        "ALL_PROXY must have the form http://host:8080 or socks5://host:1080",
     ),
 ]
 
@@ -2882,6 +2884,50 @@ def test_model_requests_go_to_their_own_vendor_through_llm_proxy(tmp_path: Path)
         ["key-of-azure"],
     ]
     assert KEY not in "".join(heads)
+
+
+@contextlib.contextmanager
+def socks_proxy(url: str) -> Iterator[tuple[str, list[str]]]:
+    """A SOCKS5 proxy (RFC 1928) that leads to `url` alone, and the hosts it was asked for."""
+    target = urlsplit(url)
+    hosts: list[str] = []
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(512)
+            self.request.sendall(b"\x05\x00")  # no authentication
+            asked = self.request.recv(512)
+            hosts.append(asked[5 : 5 + asked[4]].decode())
+            self.request.sendall(b"\x05\x00\x00\x01" + bytes(6))
+            with socket.create_connection((target.hostname, target.port)) as server:
+                back = threading.Thread(target=copy, args=(server, self.request))
+                back.start()
+                copy(self.request, server)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        loop = threading.Thread(target=proxy.serve_forever)
+        loop.start()
+        yield f"socks5://127.0.0.1:{proxy.server_address[1]}", hosts
+        proxy.shutdown()
+        loop.join()
+
+
+def test_model_is_reached_through_a_socks_proxy(tmp_path: Path) -> None:
+    """ALL_PROXY=socks5://… leads to a server whose name only the proxy knows."""
+    with model_server() as (model, url), socks_proxy(url) as (proxy, hosts):
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://models.test/v1"}
+        environ["ALL_PROXY"] = proxy
+        command = (SERVER, "run", "[mark=socks]", "--no-implement", "--n-round", "1", "--json")
+        with process(*command, cwd=tmp_path, environ=environ) as ended:
+            assert ended.popen.wait(4 * TIMEOUT) == 0, "".join(ended.errors)
+    assert len(model.requests["socks"]) == 1
+    assert set(hosts) == {"models.test"}
 
 
 BODIES: list[tuple[bytes, list[Any]]] = [
