@@ -76,6 +76,7 @@ from streamer import EventType, Run, Settings, TaskStatus, create_app
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 30.0  # seconds; what takes longer hangs
+PROCESS_TIMEOUT = 4 * TIMEOUT  # of a process, which imports much and shares its core
 KEY = "sk-secret-0123456789abcdef"
 # What a run that succeeds produces, of a model that does not show its thinking.
 WHOLE_RUN = set(EventType) - {"ERROR", "REASONING", "TASK_ERROR", "TASK_CANCELLED"}
@@ -344,7 +345,9 @@ class Process:
     def says(self, text: str) -> bool:
         """Waits until a line on stderr holds `text`; False if the process ends without."""
         with self._said:
-            self._said.wait_for(lambda: self._ended or text in "".join(self.errors), TIMEOUT)
+            self._said.wait_for(
+                lambda: self._ended or text in "".join(self.errors), PROCESS_TIMEOUT
+            )
             return text in "".join(self.errors)
 
     @functools.cached_property
@@ -361,7 +364,7 @@ class Process:
 
     def wait(self) -> int:
         """The exit code, once everything is read and closed; may be called again."""
-        code = self.popen.wait(TIMEOUT)
+        code = self.popen.wait(PROCESS_TIMEOUT)
         if "client" in vars(self):
             self.client.http.close()
         for reader in self._readers:
@@ -458,9 +461,9 @@ class ModelServer:
             self.usage[mark].update(usage)
         head = {"id": "chat", "created": 1, "model": body["model"]}
         if not body.get("stream"):
-            finish = fault if fault == "length" else "stop"
+            finish_reason = fault if fault == "length" else "stop"
             message = {"role": "assistant", "content": "" if fault == "empty" else text}
-            choices = [{"index": 0, "finish_reason": finish, "message": message}]
+            choices = [{"index": 0, "finish_reason": finish_reason, "message": message}]
             whole = {**head, "object": "chat.completion", "choices": choices, "usage": usage}
             return JSONResponse(whole)
         chunks = self._chunks(head, text, None if "[no usage]" in prompt else usage, fault)
@@ -489,8 +492,9 @@ class ModelServer:
             yield sse({"error": {"message": "the engine died", "type": "server_error"}})
         if fault in ("cut", "error"):
             return
-        finish = fault if fault in ("length", "content_filter", "tool_calls") else "stop"
-        yield sse({**head, **choice({"content": ""}, finish), "usage": usage})
+        cut = fault in ("length", "content_filter", "tool_calls")
+        finish_reason = fault if cut else "stop"
+        yield sse({**head, **choice({"content": ""}, finish_reason), "usage": usage})
         yield DONE
 
     def _fault(self, last: str, prompt: str, mark: str) -> str:
@@ -668,7 +672,8 @@ class Gate:
     """A runner that emits, waits for the test, emits, returns."""
 
     def __init__(self) -> None:
-        self.started, self.go = threading.Event(), threading.Event()
+        self.started = threading.Event()
+        self.go = threading.Event()
         self.runs = 0
 
     def __call__(self, run: Run) -> dict[str, Any]:
@@ -1081,7 +1086,8 @@ class RedisServer:
     def __init__(self, folder: Path) -> None:
         with loopback() as bound:
             self.port = bound.getsockname()[1]
-        self.folder, self.url = folder, f"redis://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.url = f"redis://127.0.0.1:{self.port}"
         self.popen: subprocess.Popen[bytes]
 
     def start(self, *options: str) -> None:
@@ -1308,14 +1314,16 @@ def test_service_is_the_same_on_every_store(tmp_path: Path, stored: dict[str, An
     """
     gate = Gate()
     with live(gate, tmp_path / "files", max_running=1, **stored) as client:
-        body, key = {"input_prompt": "p", "options": {"n_round": 3}}, {"Idempotency-Key": "k"}
+        body = {"input_prompt": "p", "options": {"n_round": 3}}
+        key = {"Idempotency-Key": "k"}
         answers = [client.http.post("/api/tasks", json=body, headers=key) for _ in range(2)]
         assert [answer.status_code for answer in answers] == [201, 200]
         assert answers[0].json() == answers[1].json()
         task_id = answers[0].json()["id"]
         other = client.http.post("/api/tasks", json={"input_prompt": "q"}, headers=key)
         assert other.json()["error"]["code"] == "idempotency_conflict"
-        witness, waiting = client.follow(task_id), client.create("waits")
+        witness = client.follow(task_id)
+        waiting = client.create("waits")
         assert gate.started.wait(TIMEOUT)
         assert client.post(f"/api/tasks/{waiting}/run").json()["status"] == "PENDING"
         queue = client.follow(waiting)
@@ -1393,17 +1401,18 @@ def settled(client: Client, task_id: str) -> dict[str, Any]:
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
-    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs
+    """15 kills under load: what a client saw is the log's beginning; each run ends once; it runs
     again on its log.
     """
     chance = random.Random(5)
     waiting: str | None = None
     before: list[Watcher] = []
-    for _ in range(31):
+    for _ in range(16):
         with busy(tmp_path, db="streamer.db", max_running=3, max_events=10**7) as server:
             client = server.client
             for witness in before:
-                task, log = settled(client, witness.task_id), whole_log(client, witness.task_id)
+                task = settled(client, witness.task_id)
+                log = whole_log(client, witness.task_id)
                 assert task["status"] == "FAILED"
                 assert "interrupted by a restart" in task["result_summary"]
                 assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
@@ -1438,7 +1447,8 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
             server.client.post(f"/api/tasks/{done}/cancel")
             watched(websocket)
         record = server.client.watch(done)
-        paged, task = whole_log(server.client, done), server.client.get(f"/api/tasks/{done}")
+        paged = whole_log(server.client, done)
+        task = server.client.get(f"/api/tasks/{done}")
         cut = server.client.create("0.001")
         witness = server.client.follow(cut)
         witness.sees()
@@ -1522,7 +1532,8 @@ def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
             resource.RLIMIT_FSIZE,
             (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
         )
-        task, log = settled(server.client, task_id), whole_log(server.client, task_id)
+        task = settled(server.client, task_id)
+        log = whole_log(server.client, task_id)
         assert task["status"] == "FAILED"
         assert (
             "the run was stopped: the log in streamer.db cannot be used" in task["result_summary"]
@@ -1775,7 +1786,8 @@ def test_replica_that_is_killed_leaves_nobody_hanging(
     can run it again.
     """
     with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
-        task_id, queued = first.client.create("0.001"), first.client.create("0.01")
+        task_id = first.client.create("0.001")
+        queued = first.client.create("0.01")
         assert first.client.post(f"/api/tasks/{task_id}/run").status_code == 202
         witness = second.client.follow(task_id)
         witness.until(lambda state: state["status"] == "RUNNING")
@@ -1837,7 +1849,8 @@ def test_replica_that_is_stopped_hands_over_what_waits(
     watcher sees it.
     """
     with replicas(2, redis_server, tmp_path, max_running=1) as (first, second):
-        task_id, queued = first.client.create("0.001"), first.client.create("0.01")
+        task_id = first.client.create("0.001")
+        queued = first.client.create("0.01")
         for each in (task_id, queued):
             assert first.client.post(f"/api/tasks/{each}/run").status_code == 202
         witness = second.client.follow(queued, "start=false")
@@ -1877,8 +1890,9 @@ def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisSe
         folder.mkdir(parents=True)
         assert second.http.delete(f"/api/tasks/{task_id}").status_code == 204
         for witness in witnesses:
-            witness.join()
-            assert witness.close_code in (1000, 4404)
+            # Its last event and the deletion race to it; the event comes with the run's end.
+            ended = [event["event_type"] for event in witness.join()][-1:] == ["TASK_CANCELLED"]
+            assert witness.close_code == (1000 if ended else 4404)
         assert not folder.exists()
         assert servers[0].says(f"task id={task_id} ")
         for client in (first, second):
@@ -3176,8 +3190,8 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     assert record.last_state["final_result"]["end_reason"] == "idle"
     assert record.ids == list(range(1, len(record.ids) + 1))
     assert {event["event_type"] for event in record.events} == WHOLE_RUN
-    spoken = {(event["agent_role"], event["payload"]["action"]) for event in record.of("TOKEN")}
-    assert spoken == {
+    speakers = {(event["agent_role"], event["payload"]["action"]) for event in record.of("TOKEN")}
+    assert speakers == {
         ("ProductManager", "WritePRD"),
         ("Architect", "WriteDesign"),
         ("ProjectManager", "WriteTasks"),
@@ -3893,7 +3907,8 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         ]
         assert not [(name, text[:80]) for name in foreign for text in texts if name in text]
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
-        used, cost = model.usage[mark], record.last_state["cost"]
+        used = model.usage[mark]
+        cost = record.last_state["cost"]
         assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
             used["prompt_tokens"],
             used["completion_tokens"],
@@ -4132,7 +4147,9 @@ def test_cancel_before_the_start_and_while_waiting_for_a_slot(tmp_path: Path) ->
     """Neither task's runner is ever called; both end CANCELLED, and the slot stays where it is."""
     gate = Gate()
     with live(gate, tmp_path, max_running=1) as client:
-        running, waiting, unstarted = client.create(), client.create(), client.create()
+        running = client.create()
+        waiting = client.create()
+        unstarted = client.create()
         client.post(f"/api/tasks/{running}/run")
         assert gate.started.wait(TIMEOUT)
         with client.socket(waiting) as websocket:
@@ -4185,7 +4202,8 @@ def test_abandoned_thread_is_reported_and_unheard(
     """A runner deaf to its cancel or timeout is abandoned after `grace`; what it emits later goes
     nowhere.
     """
-    release, ended = threading.Event(), threading.Event()
+    release = threading.Event()
+    ended = threading.Event()
 
     def deaf(run: Run) -> None:
         run.emit("LOG", {"message": "heard"})
@@ -4597,12 +4615,13 @@ def test_late_client_of_a_long_run_begins_at_the_oldest_event_kept(tmp_path: Pat
         with client.socket(task_id, "types=ERROR") as first:
             receive_until(first, lambda message: message["type"] == "state")
             wait_until(lambda: client.get(f"/api/tasks/{task_id}/state")["last_event_id"] == 5001)
+            record = client.follow(task_id)
+            record.sees()
             gate.set()
-            record = client.watch(task_id)
+            record.join()
         connected = record.data("connected")[0]
-        assert (connected["recovered"], connected["first_event_id"]) == (False, record.ids[0])
-        assert record.ids == list(range(record.ids[0], 5004))
-        assert 998 <= len(record.ids) <= 1003
+        assert (connected["recovered"], connected["first_event_id"]) == (False, 4002)
+        assert record.ids == list(range(4002, 5004))
 
 
 def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
@@ -4611,7 +4630,7 @@ def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
 
     def runner(run: Run) -> None:
         for event in joined:
-            burst(400)(run)
+            burst(100)(run)  # more than a client's buffer holds
             event.wait(TIMEOUT)
 
     def join(number: int) -> list[int]:
@@ -4623,7 +4642,7 @@ def test_fault_duplicates_where_replay_meets_live(tmp_path: Path) -> None:
     with live(runner, tmp_path, subscriber_buffer=64) as client:
         task_id = client.create()
         with ThreadPoolExecutor(50) as pool:
-            assert set(map(tuple, pool.map(join, range(50)))) == {tuple(range(1, 20_004))}
+            assert set(map(tuple, pool.map(join, range(50)))) == {tuple(range(1, 5_004))}
 
 
 def test_fault_rejoining_a_finished_run_hangs(tmp_path: Path) -> None:
@@ -4794,7 +4813,9 @@ async def test_broker_keeps_its_guarantees_whatever_happens(seed: int) -> None:
         after: int, types: frozenset[EventType] | None, lives: int, ready: bool
     ) -> None:
         nonlocal checked
-        subscription, seen, states = broker.subscribe(after, types), [], 0
+        subscription = broker.subscribe(after, types)
+        seen = []
+        states = 0
         if ready:
             sent = bytearray()
 
@@ -5341,7 +5362,8 @@ def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
     with live(burst(5), tmp_path) as client:
         task_id = client.create()
         over_socket = client.watch(task_id).messages
-        path, accept = f"/api/tasks/{task_id}/events", {"Accept": "text/event-stream"}
+        path = f"/api/tasks/{task_id}/events"
+        accept = {"Accept": "text/event-stream"}
         response = client.http.get(path, headers=accept)
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         blocks = [
@@ -5875,7 +5897,8 @@ def test_run_tests_needs_the_operators_word(tmp_path: Path) -> None:
 
 def test_artifact_that_is_swapped_during_the_request(tmp_path: Path) -> None:
     """A name that turns into a link out and back, ten thousand times: never the other file."""
-    root, secret = tmp_path / "task", tmp_path / "secret.txt"
+    root = tmp_path / "task"
+    secret = tmp_path / "secret.txt"
     root.mkdir()
     secret.write_text("secret")
     (root / "real.txt").write_text("mine")
@@ -6007,10 +6030,8 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
 
 def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
     """Routes, frames and messages, right and bent: no 500, no hang, no traceback, no growth."""
-    seed, seconds = (
-        int(os.environ.get("FUZZ_SEED", "7")),
-        float(os.environ.get("FUZZ_SECONDS", "5")),
-    )
+    seed = int(os.environ.get("FUZZ_SEED", "7"))
+    seconds = float(os.environ.get("FUZZ_SECONDS", "5"))
     with busy(
         tmp_path, max_events=50, max_tasks=20, max_sockets=50, send_timeout=2, grace=0.2
     ) as server:
@@ -6113,9 +6134,12 @@ class Fuzzer:
     )
 
     def __init__(self, client: Client, seed: int) -> None:
-        self.client, self.chance = client, random.Random(seed)
+        self.client = client
+        self.chance = random.Random(seed)
         self.address = client.url.removeprefix("http://").split(":")
-        self.statuses, self.frames, self.faults = Counter[str](), 0, list[str]()
+        self.statuses = Counter[str]()
+        self.frames = 0
+        self.faults = list[str]()
         self.tasks: list[str] = []
 
     def go(self, seconds: float) -> None:
@@ -6134,7 +6158,8 @@ class Fuzzer:
         return self.chance.choice(self.VALUES)
 
     def path(self) -> str:
-        pick, task = self.chance.choice, self.chance.choice(self.tasks)
+        pick = self.chance.choice
+        task = self.chance.choice(self.tasks)
         good = [
             f"/api/tasks/{task}{end}"
             for end in (
@@ -6374,7 +6399,8 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
 
 
 def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
-    page, gate = chromium, Gate()
+    page = chromium
+    gate = Gate()
     with live(gate, tmp_path) as client:
         page.goto(client.url)
         page.fill("#prompt", "😀")
@@ -6491,7 +6517,8 @@ def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> No
 
 def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
     """A token in the page's address is taken out of it, and sent in a header."""
-    page, sent = chromium, []
+    page = chromium
+    sent = []
     page.on(
         "request", lambda request: sent.append((request.url, request.headers.get("authorization")))
     )
@@ -6594,7 +6621,8 @@ def test_signals_stop_the_run_tell_the_clients_and_exit(
     """Ten clients of a running task get its events and TASK_CANCELLED, one of an idle task 1001."""
     with process(SERVER, "--test-mode", "--port", "0", cwd=tmp_path) as server:
         client = server.client
-        task_id, idle_id = client.create(), client.create()
+        task_id = client.create()
+        idle_id = client.create()
         with contextlib.ExitStack() as stack, client.socket(idle_id, "start=false") as idle:
             watchers = [stack.enter_context(client.socket(task_id)) for _ in range(10)]
             for websocket in watchers:
@@ -6732,7 +6760,8 @@ def test_run_shows_the_line_that_is_being_written(tmp_path: Path) -> None:
     """An unfinished line is seen, by its end; thinking is italic; a price may be unknown."""
     code, text = on_terminal(tmp_path, "-c", THINKING, "run", "Build", "--test-mode")
     assert code == 0
-    open_line, whole = text.split(", of it", 1)[0], text
+    open_line = text.split(", of it", 1)[0]
+    whole = text
     assert "\x1b[2;3mlet me think" in open_line
     assert "word the end" in open_line
     assert "the end, of it" in whole
@@ -7233,7 +7262,10 @@ def test_readme_embedding_example_runs(tmp_path: Path) -> None:
 
 def watch(task_id: str, url: str, token: str = "") -> int:
     """Shows a task as `wscat` would, but readable; resumes what drops, while it gets further."""
-    transcript, after, status, cursor = streamer.Transcript(), 0, "", -1
+    transcript = streamer.Transcript()
+    after = 0
+    status = ""
+    cursor = -1
     headers = {"Authorization": f"Bearer {token}"} if token else None
     while cursor < after or cursor == -1:
         cursor = max(after, 0)
@@ -7505,7 +7537,8 @@ def bench_late_joiner(folder: Path) -> Iterator[tuple[str, str, str]]:
         paced = Swarm(client.url, [f"/ws/tasks/{client.create('n=600 rate=200')}"] * 10)
         reading = threading.Thread(target=paced.receive, args=(600,))
         reading.start()
-        times, late = [], []
+        times = []
+        late = []
         for _ in range(5):
             start = time.monotonic()
             late.append(Swarm(client.url, [f"/ws/tasks/{history}?start=false"]))
