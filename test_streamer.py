@@ -3907,8 +3907,7 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         ]
         assert not [(name, text[:80]) for name in foreign for text in texts if name in text]
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
-        used = model.usage[mark]
-        cost = record.last_state["cost"]
+        used, cost = model.usage[mark], record.last_state["cost"]
         assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
             used["prompt_tokens"],
             used["completion_tokens"],
@@ -6399,8 +6398,7 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
 
 
 def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
-    page = chromium
-    gate = Gate()
+    page, gate = chromium, Gate()
     with live(gate, tmp_path) as client:
         page.goto(client.url)
         page.fill("#prompt", "😀")
@@ -6517,8 +6515,7 @@ def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> No
 
 def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
     """A token in the page's address is taken out of it, and sent in a header."""
-    page = chromium
-    sent = []
+    page, sent = chromium, []
     page.on(
         "request", lambda request: sent.append((request.url, request.headers.get("authorization")))
     )
