@@ -1407,7 +1407,7 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
     chance = random.Random(5)
     waiting: str | None = None
     before: list[Watcher] = []
-    for _ in range(16):
+    for _ in range(31):
         with busy(tmp_path, db="streamer.db", max_running=3, max_events=10**7) as server:
             client = server.client
             for witness in before:
