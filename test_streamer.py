@@ -1401,7 +1401,7 @@ def settled(client: Client, task_id: str) -> dict[str, Any]:
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
-    """15 kills under load: what a client saw is the log's beginning; each run ends once; it runs
+    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs
     again on its log.
     """
     chance = random.Random(5)
