@@ -4,7 +4,8 @@
                     → Subscription (per client) → WebSocket | SSE
 
 Sections, bottom-up, nothing used before it is defined: Settings, Errors, Events, Tasks, Store,
-Memory, SQLite, Redis, Broker, Runs, MetaGPT, Execution, Supervisor, Routes, Application, Page.
+Memory, SQLite, Redis, Broker, Runs, MetaGPT: configuration, MetaGPT: loading, Model requests,
+MetaGPT: mendings, MetaGPT: the team, Execution, Supervisor, Routes, Application, Page.
 What it promises, and refers to below by number:
 
  1. Order. A task's events are numbered 1, 2, 3 … without a hole; every client sees them in
@@ -17,8 +18,10 @@ What it promises, and refers to below by number:
  5. Fast runners. A runner that emits faster than the loop publishes is held back at `emit`.
  6. Cancel. After a cancel no new model call starts, the run ends TASK_CANCELLED, and a late
     success does not overwrite it. A thread that does not stop within `grace` is abandoned.
- 7. Honesty. A failed run is FAILED with its reason; secrets reach no event and no log.
- 8. Isolation. Concurrent tasks share no prompt, cost, model client, file or token.
+ 7. Honesty. A failed run is FAILED with a reason to act on; SUCCEEDED means that the team ended
+    and that every answer of its models was whole. Secrets reach no event and no log.
+ 8. Isolation. Concurrent tasks share no prompt, cost, model client, file or token. What a model
+    says or names never runs on the host, unless `run_tests` was allowed.
  9. Restart. An event is stored before any client sees it. With SQLite or Redis the log outlives
     the process, and a run that was cut off ends FAILED "interrupted".
 10. Bad input. Any input gets a clear 4xx or `error`; a payload JSON cannot carry is made to fit.
@@ -2675,7 +2678,7 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
 
 
 # -----------------------------------------------------------------------------
-# MetaGPT
+# MetaGPT: configuration
 # -----------------------------------------------------------------------------
 
 # What is said of MetaGPT here is true of 0.8.2, and was seen by running it.
@@ -2734,38 +2737,34 @@ URL_PATHS = re.compile("/(chat/completions|completions|responses|messages|api/(c
 NUMBERS = ("max_token", "timeout", "temperature", "top_p")
 
 
-def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    """MetaGPT's configuration: its config2.yaml files, merged as it does, or the keys of `environ`.
+def vendor_of(config: Any) -> str:
+    return str(getattr(config.api_type, "value", config.api_type))
 
-    The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
-    wins. Raises SettingsError, which names the setting, for a model that cannot work.
-    """
-    config: dict[str, Any] = {}
-    source = None
-    root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
-    home = Path(os.path.expanduser("~"))  # which stays `~` where neither HOME nor passwd says it
-    for path in (root / "config" / "config2.yaml", home / ".metagpt" / "config2.yaml"):
-        loaded = _read_config(path)
-        config.update(loaded)
-        source = path if "llm" in loaded else source
-    if config.get("llm", {}).get("api_key") == "YOUR_API_KEY":  # MetaGPT's example, as it wrote it
-        del config["llm"]
-    names: dict[str, str] = {}
-    for vendor, default in (("openai", {"model": "gpt-4o"}), ("anthropic", {})):
-        prefix = vendor.upper()
-        if "llm" not in config and environ.get(f"{prefix}_API_KEY"):
-            names = {key: f"{prefix}_{key.upper()}" for key in ("api_key", "base_url", "model")}
-            given = {key: environ[name] for key, name in names.items() if environ.get(name)}
-            config["llm"] = {"api_type": vendor, **default, **given}
-    if "llm" not in config:
-        raise SettingsError(NO_MODEL)
-    _check_model(config["llm"], lambda key: names.get(key, f"llm.{key} in {source}"))
-    _check_proxies(config["llm"], environ)
-    for api_type in _api_types(config):
-        _, module, package = _vendor(api_type)
-        if not _installed(module):
-            raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
-    return config
+
+def setting_name(config: Any, field: str) -> str:
+    """Where a person sets `field` of a model: in config2.yaml, and for some in the environment."""
+    vendor = vendor_of(config)
+    if vendor in ("openai", "anthropic"):
+        return f"{vendor.upper()}_{field.upper()} or llm.{field}"
+    return f"llm.{field}"
+
+
+def _vendor(api_type: str) -> tuple[str, str, str]:
+    return VENDORS.get(api_type.partition(".")[0], OPENAI)  # "ollama.generate" is one of ollama's
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # its parent is missing; it is deferred, and missing
+        return False
+
+
+def _api_types(config: Mapping[str, Any]) -> set[str]:
+    """Those of `llm` and of `models`, which single roles and actions may be given."""
+    models = config.get("models")
+    each = [config["llm"], *(models.values() if isinstance(models, Mapping) else [])]
+    return {str(model.get("api_type", "openai")) for model in each if isinstance(model, Mapping)}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -2783,34 +2782,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or not isinstance(loaded.get("llm", {}), dict):
         raise SettingsError(f"{path} must hold a mapping, and `llm` in it another one")
     return loaded
-
-
-def _check_model(model: dict[str, Any], name: Callable[[str], str]) -> None:
-    """Completes a model's base URL. Raises SettingsError for what cannot work."""
-    vendor = str(model.get("api_type", "openai"))
-    if vendor not in VENDOR_URLS and vendor not in EXAMPLE_URLS:
-        known = ", ".join((*VENDOR_URLS, *EXAMPLE_URLS))
-        raise SettingsError(f"{name('api_type')} must be one of {known}, not {vendor!r}")
-    if not model.get("model"):
-        raise SettingsError(f"{name('model')} is missing: the name of a model of {vendor}")
-    if not isinstance(model["model"], str) or not model["model"].strip():
-        raise SettingsError(f"{name('model')} must be the name of a model of {vendor}")
-    if model.get("base_url"):
-        _check_url_form(model["base_url"], name("base_url"))
-    elif vendor in EXAMPLE_URLS:
-        raise SettingsError(f"{name('base_url')} is missing, for example {EXAMPLE_URLS[vendor]}")
-    else:
-        model["base_url"] = VENDOR_URLS[vendor]
-        if VENDOR_URLS[vendor] and not model.get("api_key"):
-            raise SettingsError(f"{name('api_key')} is missing")
-    if vendor == "azure" and not model.get("api_version"):
-        raise SettingsError(f"{name('api_version')} is missing, for example 2024-10-21")
-    _check_key(model, name("api_key"))
-    for key in NUMBERS:
-        try:
-            float(model.get(key, 0))
-        except (TypeError, ValueError):
-            raise SettingsError(f"{name(key)} must be a number, not {model[key]!r}") from None
 
 
 def _check_key(model: dict[str, Any], name: str) -> None:
@@ -2845,6 +2816,34 @@ def _check_url_form(url: Any, name: str) -> None:
         raise SettingsError(f"{name} must end before {added[0]}, which is added to it")
 
 
+def _check_model(model: dict[str, Any], name: Callable[[str], str]) -> None:
+    """Completes a model's base URL. Raises SettingsError for what cannot work."""
+    vendor = str(model.get("api_type", "openai"))
+    if vendor not in VENDOR_URLS and vendor not in EXAMPLE_URLS:
+        known = ", ".join((*VENDOR_URLS, *EXAMPLE_URLS))
+        raise SettingsError(f"{name('api_type')} must be one of {known}, not {vendor!r}")
+    if not model.get("model"):
+        raise SettingsError(f"{name('model')} is missing: the name of a model of {vendor}")
+    if not isinstance(model["model"], str) or not model["model"].strip():
+        raise SettingsError(f"{name('model')} must be the name of a model of {vendor}")
+    if model.get("base_url"):
+        _check_url_form(model["base_url"], name("base_url"))
+    elif vendor in EXAMPLE_URLS:
+        raise SettingsError(f"{name('base_url')} is missing, for example {EXAMPLE_URLS[vendor]}")
+    else:
+        model["base_url"] = VENDOR_URLS[vendor]
+        if VENDOR_URLS[vendor] and not model.get("api_key"):
+            raise SettingsError(f"{name('api_key')} is missing")
+    if vendor == "azure" and not model.get("api_version"):
+        raise SettingsError(f"{name('api_version')} is missing, for example 2024-10-21")
+    _check_key(model, name("api_key"))
+    for key in NUMBERS:
+        try:
+            float(model.get(key, 0))
+        except (TypeError, ValueError):
+            raise SettingsError(f"{name(key)} must be a number, not {model[key]!r}") from None
+
+
 def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     """Raises SettingsError for a proxy that the model's client cannot use, whoever set it."""
     proxies = {"llm.proxy": model.get("proxy")}
@@ -2852,9 +2851,8 @@ def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None
         for variable in (name, name.lower()):
             url = environ.get(variable)
             proxies[variable] = url if not url or "://" in url else f"http://{url}"
-    if str(model.get("api_type")).startswith(
-        "ollama"
-    ):  # its client, aiohttp, is not told of a proxy
+    # Ollama's models are asked without a proxy, as MetaGPT does.
+    if str(model.get("api_type")).startswith("ollama"):
         proxies = {}
         if model.get("proxy"):
             raise SettingsError("llm.proxy has no effect with ollama: remove it")
@@ -2862,6 +2860,40 @@ def _check_proxies(model: Mapping[str, Any], environ: Mapping[str, str]) -> None
         scheme, _, rest = str(url or "http://none").partition("://")
         if scheme not in ("http", "https", "socks5", "socks5h") or not rest:
             raise SettingsError(f"{name} must have the form http://host:8080 or socks5://host:1080")
+
+
+def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
+    """MetaGPT's configuration: its config2.yaml files, merged as it does, or the keys of `environ`.
+
+    The files are $METAGPT_PROJECT_ROOT/config/config2.yaml and ~/.metagpt/config2.yaml; the second
+    wins. Raises SettingsError, which names the setting, for a model that cannot work.
+    """
+    config: dict[str, Any] = {}
+    source = None
+    root = Path(environ.get("METAGPT_PROJECT_ROOT") or ".").absolute()
+    home = Path(os.path.expanduser("~"))  # which stays `~` where neither HOME nor passwd says it
+    for path in (root / "config" / "config2.yaml", home / ".metagpt" / "config2.yaml"):
+        loaded = _read_config(path)
+        config.update(loaded)
+        source = path if "llm" in loaded else source
+    if config.get("llm", {}).get("api_key") == "YOUR_API_KEY":  # MetaGPT's example, as it wrote it
+        del config["llm"]
+    names: dict[str, str] = {}
+    for vendor, default in (("openai", {"model": "gpt-4o"}), ("anthropic", {})):
+        prefix = vendor.upper()
+        if "llm" not in config and environ.get(f"{prefix}_API_KEY"):
+            names = {key: f"{prefix}_{key.upper()}" for key in ("api_key", "base_url", "model")}
+            given = {key: environ[name] for key, name in names.items() if environ.get(name)}
+            config["llm"] = {"api_type": vendor, **default, **given}
+    if "llm" not in config:
+        raise SettingsError(NO_MODEL)
+    _check_model(config["llm"], lambda key: names.get(key, f"llm.{key} in {source}"))
+    _check_proxies(config["llm"], environ)
+    for api_type in _api_types(config):
+        _, module, package = _vendor(api_type)
+        if not _installed(module):
+            raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
+    return config
 
 
 def check_git(environ: Mapping[str, str]) -> None:
@@ -2875,23 +2907,7 @@ def check_git(environ: Mapping[str, str]) -> None:
         )
 
 
-def _api_types(config: Mapping[str, Any]) -> set[str]:
-    """Those of `llm` and of `models`, which single roles and actions may be given."""
-    models = config.get("models")
-    each = [config["llm"], *(models.values() if isinstance(models, Mapping) else [])]
-    return {str(model.get("api_type", "openai")) for model in each if isinstance(model, Mapping)}
-
-
-def _vendor(api_type: str) -> tuple[str, str, str]:
-    return VENDORS.get(api_type.partition(".")[0], OPENAI)  # "ollama.generate" is one of ollama's
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # its parent is missing; it is deferred, and missing
-        return False
-
+# Secrets
 
 SECRET_NAME = re.compile(r"key|token|secret|passw(or)?d|pwd|credential", re.IGNORECASE)
 URL_PASSWORD = re.compile(r"://[^\s/?#:]*:([^\s/?#]+)@")
@@ -2905,6 +2921,11 @@ PLACEHOLDER_WORDS = frozenset(
         *("password", "changeme", "example", "postgres"),
     }
 )
+
+
+def _is_secret(text: str) -> bool:
+    """Whether `text` is long enough, and more than PLACEHOLDER_WORDS."""
+    return len(text) >= 8 and not PLACEHOLDER_WORDS.issuperset(re.split(r"[-_. ]", text.casefold()))
 
 
 def known_secrets(environ: Mapping[str, str]) -> list[str]:
@@ -2935,11 +2956,6 @@ def known_secrets(environ: Mapping[str, str]) -> list[str]:
     return sorted(found | {encode(text)[1:-1] for text in found}, key=len, reverse=True)
 
 
-def _is_secret(text: str) -> bool:
-    """Whether `text` is long enough, and more than PLACEHOLDER_WORDS."""
-    return len(text) >= 8 and not PLACEHOLDER_WORDS.issuperset(re.split(r"[-_. ]", text.casefold()))
-
-
 # What another program needs of the environment, secrets being anything else.
 PROGRAM_VARIABLES = frozenset(
     {
@@ -2957,6 +2973,10 @@ def program_environ(environ: Mapping[str, str]) -> dict[str, str]:
         if name in PROGRAM_VARIABLES or name.startswith("LC_")
     }
 
+
+# -----------------------------------------------------------------------------
+# MetaGPT: loading
+# -----------------------------------------------------------------------------
 
 ENGINE_NAMES: Mapping[str, str] = {
     "Action": "metagpt.actions",
@@ -2976,67 +2996,6 @@ ENGINE_NAMES: Mapping[str, str] = {
     "Timeout": "openai",
     "TransportError": "httpx2",  # of what the SDKs of OpenAI and Anthropic are built on
 }
-# Imported once for the process, as MetaGPT's hooks are the process's own.
-_engine: types.SimpleNamespace | None = None
-_engine_lock = threading.Lock()
-
-
-def load_metagpt(workspace: Path) -> types.SimpleNamespace:
-    """Imports MetaGPT (2-4 s, so in a worker thread) and mends what its runs share.
-
-    Its own log folder goes below `workspace`. Raises SettingsError without a model.
-    """
-    global _engine
-    with _engine_lock:
-        if _engine is None:
-            try:
-                engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
-            except ModuleNotFoundError as error:
-                raise SettingsError(f"{error}; type: {INSTALL}") from error
-            except ValueError as error:
-                raise SettingsError(refused_field(error)) from error
-            _route_output(engine)
-            _mend(engine)
-            _address_models(engine)
-            _engine = engine
-    return _engine
-
-
-def refused_field(error: ValueError) -> str:
-    """pydantic's error about a configuration fills a page; the field and what is wrong with it."""
-    details = error.errors()[0] if hasattr(error, "errors") else None
-    if details is None:
-        return error_text(error)
-    where = ".".join(map(str, details["loc"]))
-    return f"{where} in config2.yaml is not what MetaGPT takes: {details['msg']}"
-
-
-def warm_up_metagpt(settings: Settings) -> None:
-    """Loads MetaGPT before the first task needs it; warns where the model's price is unknown."""
-    engine = load_metagpt(settings.workspace)
-    config = engine.config.llm
-    if model_price(engine, config, settings.price) is None:
-        logger.warning(
-            "no price is known for model=%r: costs are unknown, and the option investment stops "
-            "nothing (token_budget does); set --price 1.25,10 (US dollars for a million prompt and "
-            "completion tokens), or llm.pricing_plan to a model whose price MetaGPT knows",
-            config.pricing_plan or config.model,
-        )
-
-
-def model_price(
-    engine: types.SimpleNamespace, config: Any, price: tuple[float, ...]
-) -> Mapping[str, float] | None:
-    """US dollars for a thousand tokens of a model, by MetaGPT or else by the setting `price`."""
-    if config.api_type.value in ("ollama", "open_llm"):  # a server of one's own, MetaGPT says: free
-        return {"prompt": 0.0, "completion": 0.0}
-    known: Mapping[str, Mapping[str, float]] = engine.CostManager().token_costs
-    plan = config.pricing_plan or config.model
-    if plan not in known and price:
-        return {"prompt": price[0] / 1000, "completion": price[1] / 1000}
-    return known.get(plan)
-
-
 # These packages only pass on what their modules hold, of which the software company needs a part.
 LAZY_PACKAGES = ("metagpt.actions", "metagpt.environment", "metagpt.provider", "metagpt.tools.libs")
 # MetaGPT imports these where it may use them, and the software company never does.
@@ -3076,6 +3035,9 @@ class _LazyPackage(importlib.machinery.SourceFileLoader):
         vars(module)["__getattr__"] = load
 
 
+_deferred_lock = threading.Lock()
+
+
 class _DeferredModule(types.ModuleType):
     """Stands for a module that is imported when something in it is first used."""
 
@@ -3084,9 +3046,6 @@ class _DeferredModule(types.ModuleType):
             if sys.modules.get(self.__name__) is self:
                 del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
-
-
-_deferred_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -3104,6 +3063,12 @@ def _light_imports() -> Iterator[None]:
         for module in deferred:
             if sys.modules.get(module.__name__) is module:
                 del sys.modules[module.__name__]
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 @contextlib.contextmanager
@@ -3127,6 +3092,18 @@ class _Providers(dict[Any, Any]):
     def __missing__(self, api_type: Any) -> Any:
         importlib.import_module(f"metagpt.provider.{_vendor(api_type.value)[0]}")
         return dict(self)[api_type]
+
+
+@contextlib.contextmanager
+def _given_config(config: Mapping[str, Any]) -> Iterator[None]:
+    """MetaGPT reads its configuration when it is imported: from here, instead of from its files."""
+    model = importlib.import_module("metagpt.utils.yaml_model").YamlModel
+    read_yaml = model.read_yaml
+    model.read_yaml = classmethod(lambda cls, path, encoding="utf-8": dict(config))
+    try:
+        yield
+    finally:
+        model.read_yaml = read_yaml
 
 
 def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleNamespace:
@@ -3157,342 +3134,33 @@ def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleName
     return types.SimpleNamespace(**found, loguru=loguru, tenacity=tenacity)
 
 
-@contextlib.contextmanager
-def _given_config(config: Mapping[str, Any]) -> Iterator[None]:
-    """MetaGPT reads its configuration when it is imported: from here, instead of from its files."""
-    model = importlib.import_module("metagpt.utils.yaml_model").YamlModel
-    read_yaml = model.read_yaml
-    model.read_yaml = classmethod(lambda cls, path, encoding="utf-8": dict(config))
-    try:
-        yield
-    finally:
-        model.read_yaml = read_yaml
-
-
-@dataclass
-class _Speaker:
-    """Who speaks in this coroutine: roles run concurrently, each in a context of its own."""
-
-    team: _Team
-    role: str
-    action: str | None = None
-    call: _ModelCall | None = None
-    answer: str = ""  # its model's last
-
-
-_speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
-
-
-def _route_output(engine: types.SimpleNamespace) -> None:
-    """Sends tokens and log records, which MetaGPT prints, to the task that they come from."""
-
-    def log(message: Any) -> None:
-        speaker = _speaker.get()
-        if speaker is not None:
-            speaker.team.log(message.record["level"].name, message.record["message"])
-
-    def token(text: str) -> None:
-        speaker = _speaker.get()
-        if speaker is not None and speaker.call is not None:
-            speaker.call.take(Chunk(text))
-
-    engine.loguru.add(log, level="INFO", format="{message}", backtrace=False, diagnose=False)
-    engine.set_llm_stream_logfunc(token)
-
-
-def _mend(engine: types.SimpleNamespace) -> None:
-    """Mends what a server of many runs cannot live with in MetaGPT (guarantees 7 and 8)."""
-    _mend_git_lock(engine)
-    _mend_git_environ(engine)
-    _mend_file_names(engine)
-    _mend_dependency_file()
-    _mend_searches()
-    _mend_action_names(engine)
-    _mend_shared_nodes(engine)
-    _mend_package_installs(engine)
-    _mend_token_counts(engine)
-    _mend_model_requests(engine)
-
-
-def _patch(target: Any, name: str, around: Callable[..., Any]) -> None:
-    """Puts `around(original, self, …)` in the place of a method, for all instances of a class."""
-    setattr(target, name, functools.partialmethod(partial(around, getattr(target, name))))
-
-
-def _mend_git_lock(engine: types.SimpleNamespace) -> None:
-    """GitPython changes the process's current folder while it indexes: one repository at a time."""
-    lock = threading.RLock()
-
-    def locked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with lock:
-            return method(*args, **kwargs)
-
-    for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
-        _patch(engine.GitRepository, name, locked)
-    # Where Python looks for modules in the current folder, that must not become the model's.
-    sys.path[:] = [folder or os.getcwd() for folder in sys.path]
-
-
-# Whatever the user, the system or a model configured, git runs no program of theirs.
-GIT_CONFIG: Mapping[str, str] = {
-    "core.hooksPath": os.devnull,
-    "core.fsmonitor": "false",
-    "core.excludesFile": os.devnull,
-    "core.attributesFile": os.devnull,
-    "commit.gpgSign": "false",
-}
-
-
-def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of git: no configuration but GIT_CONFIG, no repository but `.git`."""
-    own = {
-        **program_environ(environ),
-        "HOME": os.devnull,
-        "XDG_CONFIG_HOME": os.devnull,
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_ATTR_NOSYSTEM": "1",
-        "GIT_TEMPLATE_DIR": "",  # it may hold hooks
-        "GIT_DIR": ".git",  # of the current folder: it is not looked for in those above
-        "GIT_CONFIG_COUNT": str(len(GIT_CONFIG)),
-    }
-    for number, (key, value) in enumerate(GIT_CONFIG.items()):
-        own[f"GIT_CONFIG_KEY_{number}"] = key
-        own[f"GIT_CONFIG_VALUE_{number}"] = value
-    for person in ("AUTHOR", "COMMITTER"):  # else it asks passwd, where the user id may be missing
-        own[f"GIT_{person}_NAME"] = "streamer"
-        own[f"GIT_{person}_EMAIL"] = "streamer@localhost"
-    return own
-
-
-def _mend_git_environ(engine: types.SimpleNamespace) -> None:
-    """It lets git read the user's environment and configuration, and run the hooks named there."""
-    module = types.ModuleType("os")
-    environ = git_environ(os.environ)
-    vars(module).update(vars(os), environ=environ, getenv=environ.get)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "git"]:
-        if getattr(sys.modules[name], "os", None) is os:
-            vars(sys.modules[name])["os"] = module  # GitPython reads os.environ in six modules
-    git = importlib.import_module("git")
-    git.Repo.config_level = ("repository",)  # what GitPython reads itself
-    git.index.base.run_commit_hook = lambda *args: None
-
-
-def _mend_file_names(engine: types.SimpleNamespace) -> None:
-    """It writes, reads and deletes whatever path the model names: only in the workspace now."""
-
-    async def contained(
-        method: Callable[..., Any], files: Any, filename: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        speaker = _speaker.get()
-        if speaker:
-            speaker.team.check_inside(files.workdir / filename)
-        result = await method(files, filename, *args, **kwargs)
-        if speaker and method.__name__ != "get":
-            speaker.team.run.report_files(speaker.role)
-        return result
-
-    def renamed(method: Callable[..., Any], repository: Any, name: str) -> Any:
-        speaker = _speaker.get()
-        if speaker:
-            speaker.team.check_inside(repository.workdir.parent / name)
-        if Path(name).name != name:
-            raise _GiveUp(f"a project name must be the name of a folder, not {name[:200]!r}")
-        return method(repository, name)
-
-    for name in ("save", "get", "delete"):
-        _patch(engine.FileRepository, name, contained)
-    _patch(engine.GitRepository, "rename_root", renamed)
-
-
-def _mend_dependency_file() -> None:
-    """It takes JSON's backslashes for those of Windows, which garbles names in other scripts."""
-    module = importlib.import_module("metagpt.utils.dependency_file")
-
-    async def load(file: Any) -> None:
-        if file.exists:
-            file._dependencies = json.loads(await module.aread(file._filename))
-
-    module.DependencyFile.load = load
-
-
-# MetaGPT's patterns for a model's answer, and the same in linear time: what stands in `(?>…)` is
-# found once. Where the first start of what is searched has no end behind it, no later one has.
-LINEAR_PATTERNS: Mapping[str, str] = {
-    # The last bracket that closes, back to the last one that opens, or without `=` to the first.
-    r"\s*(.*=.*)?(\[.*\])": r"\A([^=]*+=.*(?=\[[^\[]*\])|[^\[]*+)(\[.*\])",
-    r"(.*?```python.*?\s+)?(?P<code>.*)(```.*?)": (
-        r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)(```)"
-    ),
-    r"(.*?```python.*?\s+)?(?P<code>.*)": r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)",
-    r"\[CONTENT\]([\s\S]*)\[/CONTENT\]": r"\A(?>[\s\S]*?\[CONTENT\])([\s\S]*)\[/CONTENT\]",
-}
-
-
-def linear_pattern(pattern: str) -> str:
-    """One of LINEAR_PATTERNS, or `a.*?b(.*?)c` with a and b found once."""
-    before, group, after = pattern.partition("(.*?)")
-    if pattern in LINEAR_PATTERNS or not group:
-        return LINEAR_PATTERNS.get(pattern, pattern)
-    pieces = "".join(f"(?>.*?{piece})" for piece in before.split(".*?"))
-    return rf"\A{pieces}{group}{after}"
-
-
-class _LinearSearch:
-    """The module `re` for MetaGPT's parsers of answers."""
-
-    def __init__(self, module: types.ModuleType) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def search(self, pattern: str, text: str, flags: int = 0) -> Any:
-        return self._module.search(linear_pattern(pattern), text, flags)
-
-    def findall(self, pattern: str, text: str, flags: int = 0) -> Any:
-        return self._module.findall(LINEAR_PATTERNS.get(pattern, pattern), text, flags)
-
-
-def _mend_searches() -> None:
-    """Its patterns take minutes for an answer that is cut, and it evaluates answers as Python."""
-    for name in ("utils.common", "utils.repair_llm_raw_output", "actions.action_node"):
-        parser = importlib.import_module(f"metagpt.{name}")
-        vars(parser)["re"] = _LinearSearch(vars(parser)["re"])
-    vars(importlib.import_module("metagpt.actions.action_node"))["eval"] = ast.literal_eval
-
-
-def _mend_action_names(engine: types.SimpleNamespace) -> None:
-    """It runs actions inside actions in silence: the speaker says which, and counts the ended."""
-
-    async def named(method: Callable[..., Any], action: Any, *args: Any, **kwargs: Any) -> Any:
-        speaker = _speaker.get()
-        if speaker:
-            speaker.action = type(action).__name__
-        result = await method(action, *args, **kwargs)
-        if speaker:
-            speaker.team.finished(type(action).__name__)
-        return result
-
-    for action in _subclasses(engine.Action):
-        if "run" in vars(action):
-            _patch(action, "run", named)
-
-
-def _mend_shared_nodes(engine: types.SimpleNamespace) -> None:
-    """It keeps the model and its answer on nodes that all runs share: each fill has a copy."""
-
-    async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
-        return await method(_twin(node), *args, **kwargs)
-
-    _patch(engine.ActionNode, "fill", copied)
-
-
-def _mend_package_installs(engine: types.SimpleNamespace) -> None:
-    """It installs the packages that a model names into the service's own environment."""
-    engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
-
-
-def _mend_token_counts(engine: types.SimpleNamespace) -> None:
-    """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
-    engine.openai_api.count_output_tokens = lambda text, model: estimate_tokens(text)
-    engine.openai_api.count_input_tokens = lambda messages, model: estimate_tokens(str(messages))
-
-
-def _mend_model_requests(engine: types.SimpleNamespace) -> None:
-    """It believes whatever a model's server sends; `_ModelRequest` does not."""
-
-    async def asked(
-        method: Callable[..., Any], model: Any, messages: Any, stream: bool = False, **kwargs: Any
-    ) -> Any:
-        speaker = _speaker.get()
-        own_method = partial(method, model, messages, stream=stream, **kwargs)
-        if speaker is None:
-            return await own_method()
-        kinds = [kind for kind in type(model).__mro__ if "_achat_completion_stream" in vars(kind)]
-        vendor = ASKED.get(kinds[0].__name__) or _other_vendor(own_method, stream)
-        return await _ModelRequest(speaker, vendor, model, messages, stream).answer()
-
-    for kind in (engine.BaseLLM, *_subclasses(engine.BaseLLM)):
-        if "acompletion_text" in vars(kind):
-            _patch(kind, "acompletion_text", asked)
-
-
-MOST_BYTES = 1 << 26  # of an answer's body; an answer of 100,000 tokens has half of it
-PACKED = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
-
-
-def _http_client(**options: Any) -> Any:
-    """An HTTP client for model servers.
-
-    It follows no redirect, as a prompt is for the server that was configured, and reads no more
-    than MOST_BYTES of an answer.
-    """
-    httpx = importlib.import_module("httpx2")  # what the SDKs of OpenAI and Anthropic are built on
-
-    class Bounded(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]
-        def __init__(self, stream: Any, most: int) -> None:
-            self._stream = stream
-            self._left = most
-
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            async for piece in self._stream:
-                self._left -= len(piece)
-                if self._left < 0:
-                    raise _endless()
-                yield piece
-
-        async def aclose(self) -> None:
-            await self._stream.aclose()
-
-    async def bound(response: Any) -> None:
-        packed = "content-encoding" in response.headers
-        response.stream = Bounded(response.stream, MOST_BYTES // PACKED if packed else MOST_BYTES)
-
-    headers = {"Accept-Encoding": "identity"}
-    return httpx.AsyncClient(headers=headers, event_hooks={"response": [bound]}, **options)
-
-
-def _endless() -> PartialAnswer:
-    advice = "check llm.model, which may repeat itself, and its server"
-    return PartialAnswer(f"the model's answer does not end: {advice}")
-
-
-def _address_models(engine: types.SimpleNamespace) -> None:
-    """Sends what is asked of a model to its own vendor, by the proxy that its settings name."""
-    get_provider = engine.LLM_REGISTRY.get_provider
-
-    def make(api_type: Any, config: Any) -> Any:
-        vendor = vendor_of(config)
-        if "base_url" not in config.model_fields_set:  # then it is OpenAI's, whatever the vendor
-            if vendor in EXAMPLE_URLS:
-                example = EXAMPLE_URLS[vendor]
-                raise _GiveUp(f"base_url of a model of {vendor} is missing, for example {example}")
-            config.base_url = VENDOR_URLS[vendor]
-        model = get_provider(api_type)(config)
-        if hasattr(model.aclient, "with_options"):
-            http = _http_client(proxy=config.proxy or None)
-            model.aclient = model.aclient.with_options(http_client=http)
-        if vendor != "openai" and hasattr(getattr(model, "aclient", None), "organization"):
-            model.aclient.organization = None  # OpenAI's own, from OPENAI_ORG_ID
-            model.aclient.project = None
-        return model
-
-    engine.LLM_REGISTRY.get_provider = lambda api_type: partial(make, api_type)
-    # It would hand the proxy to the SDK under a name that the SDK does not know any more.
-    engine.openai_api.OpenAILLM._get_proxy_params = lambda llm: {}
-
-
-def _subclasses(kind: Any) -> Iterator[Any]:
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def _twin(node: Any) -> Any:
-    twin = copy.copy(node)
-    twin.children = {key: _twin(child) for key, child in node.children.items()}
-    return twin
+def refused_field(error: ValueError) -> str:
+    """pydantic's error about a configuration fills a page; the field and what is wrong with it."""
+    details = error.errors()[0] if hasattr(error, "errors") else None
+    if details is None:
+        return error_text(error)
+    where = ".".join(map(str, details["loc"]))
+    return f"{where} in config2.yaml is not what MetaGPT takes: {details['msg']}"
+
+
+def model_price(
+    engine: types.SimpleNamespace, config: Any, price: tuple[float, ...]
+) -> Mapping[str, float] | None:
+    """US dollars for a thousand tokens of a model, by MetaGPT or else by the setting `price`."""
+    if config.api_type.value in ("ollama", "open_llm"):  # a server of one's own, MetaGPT says: free
+        return {"prompt": 0.0, "completion": 0.0}
+    known: Mapping[str, Mapping[str, float]] = engine.CostManager().token_costs
+    plan = config.pricing_plan or config.model
+    if plan not in known and price:
+        return {"prompt": price[0] / 1000, "completion": price[1] / 1000}
+    return known.get(plan)
+
+
+# -----------------------------------------------------------------------------
+# Model requests
+# -----------------------------------------------------------------------------
+
+# Model faults
 
 
 class _GiveUp(BaseException):
@@ -3503,8 +3171,254 @@ class _RoleFailed(_GiveUp):
     """A role could not go on; its ERROR was emitted."""
 
 
-# Model requests. What is asked of a model is MetaGPT's own; how it is sent, and whether the answer
-# is whole (guarantee 7), is settled here, for every vendor alike.
+def server_words(body: object, levels: int = 6) -> str:
+    """What an error's body says: OpenAI's form, Gemini's list, FastAPI's `detail`, text, a page."""
+    if isinstance(body, str):
+        title = re.search(r"<title>([^<]{1,300})", body[:20_000], re.IGNORECASE)
+        return title[1] if title else re.sub(r"<[^<>]{1,300}>", " ", body[:20_000])
+    if isinstance(body, list) and levels:
+        return "; ".join(server_words(item, levels - 1) for item in body[:3])
+    if body and isinstance(body, Mapping) and levels:
+        name = next(
+            (name for name in ("error", "message", "detail", "msg") if body.get(name)), None
+        )
+        if name is None:
+            return encode(jsonable(body))
+        place = ".".join(map(str, body.get("loc") or ()))  # FastAPI: the field that is wrong
+        words = server_words(body[name], levels - 1)
+        metadata = body.get("metadata")  # OpenRouter: its provider's words, as they were
+        raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
+        return ": ".join(filter(None, (place, words, raw and str(raw))))
+    return str(jsonable(body, 300)) if body else ""
+
+
+class ServerError(Exception):
+    """An error object where a completion was expected: inside a stream, or with a status of 200."""
+
+    def __init__(
+        self, body: object, status_code: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(server_words(body))
+        self.body = body
+        self.status_code = status_code
+        self.headers = headers or {}
+
+
+class NotACompletion(Exception):
+    """An answer with status 200 that is no completion, as a web page; its text is what came."""
+
+
+class PartialAnswer(Exception):
+    """An answer that is not whole: `retry` where asking again may help, `cut` at a limit."""
+
+    def __init__(self, reason: str, *, retry: bool = False, cut: bool = False) -> None:
+        super().__init__(reason)
+        self.retry = retry
+        self.cut = cut
+
+
+class ModelFault(NamedTuple):
+    """Why a model request failed, for a person, and what can be done."""
+
+    reason: str
+    retry: bool
+    wait: float | None  # seconds the server asked for, where it did
+
+
+LONGEST_WAIT = (
+    120.0  # seconds a run waits because a server asks; one that asks for more means hours
+)
+# What an error object without a status says of itself. Any other may pass, as a 500 does.
+STATUS_BY_NAME: Mapping[str, int] = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "billing_error": 402,
+    "insufficient_quota": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "overloaded_error": 529,
+}
+TOO_LONG = re.compile("context.?(length|window|size)|prompt is too long", re.IGNORECASE)
+NO_CREDIT = re.compile(
+    "current quota|credit balance|insufficient (balance|credit|quota)", re.IGNORECASE
+)
+BAD_KEY = re.compile(
+    "api.?key (is )?(not valid|invalid)|(invalid|incorrect) (x-)?api.?key", re.IGNORECASE
+)
+# Names of error classes of openai, anthropic, httpx and aiohttp, so that none is loaded for this.
+LATE = {"APITimeoutError", "TimeoutException", "TimeoutError"}
+BROKEN = {"RemoteProtocolError", "ReadError", "ClientPayloadError", "ServerDisconnectedError"}
+GARBLED = {"JSONDecodeError", "UnicodeDecodeError"}
+UNREACHED = {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _one_line(body: object, secrets: Sequence[str]) -> str:
+    """What the server said, on one line, without secrets, at most 300 characters."""
+    text = " ".join(redact(server_words(body), secrets).split())
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _server(config: Any) -> str:
+    """The server by its address, without a password in it."""
+    parts = urlsplit(config.base_url or "")
+    address = (
+        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        if parts.netloc
+        else vendor_of(config)
+    )
+    return f"the model API at {address}"
+
+
+def _check_url(config: Any) -> str:
+    """Where to look when a server has no API at its base URL."""
+    name = setting_name(config, "base_url")
+    vendor = vendor_of(config)
+    example = EXAMPLE_URLS.get(vendor) or VENDOR_URLS.get(vendor)
+    if re.search(r"/v\d\w*(/openai)?/?$", str(config.base_url)) or not example:
+        return f"check {name}"
+    advice = "does it end in /v1?" if example.endswith("/v1") else f"as {example}"
+    return f"check {name} ({advice})"
+
+
+def _error_object(body: object) -> Mapping[str, Any]:
+    """OpenAI's SDK takes `error` out of the body, Anthropic's does not, and Gemini sends a list."""
+    for _ in range(3):
+        if isinstance(body, list):
+            body = body[0] if body else {}
+        if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping | list):
+            body = body["error"]
+    return body if isinstance(body, Mapping) else {}
+
+
+def _deduced_status(found: Mapping[str, Any], words: str) -> int:
+    """The status of an error object that came without one; 500 where it does not say."""
+    for name in ("code", "status", "type"):
+        value = str(found.get(name) or "")
+        if re.fullmatch(r"[45]\d\d", value):
+            return int(value)
+        if value in STATUS_BY_NAME:
+            return STATUS_BY_NAME[value]
+    return 404 if "endpoint or method" in words else 500  # LM Studio's answer to an unknown path
+
+
+def _asked_wait(error: BaseException, body: object) -> float | None:
+    """Seconds to wait: retry-after-ms, retry-after (seconds or a date), or Gemini's retryDelay."""
+    headers = getattr(getattr(error, "response", error), "headers", None) or {}
+    millis = str(headers.get("retry-after-ms") or "")
+    text = str(headers.get("retry-after") or "")
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", millis):
+        return float(millis) / 1000
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        return float(text)
+    if text:
+        with contextlib.suppress(ValueError):
+            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    delay = re.search(
+        r"'retryDelay': '(\d{1,9}(?:\.\d+)?)s'", str(_error_object(body).get("details"))
+    )
+    return float(delay[1]) if delay else None
+
+
+def _refusal(
+    body: object, status: object, wait: float | None, config: Any, secrets: Sequence[str]
+) -> ModelFault:
+    """What an error object means, and the setting to change."""
+    found = _error_object(body)
+    code = str(found.get("code") or found.get("type") or "")
+    words = _one_line(body, secrets)
+    server = _server(config)
+    if isinstance(status, int) and 300 <= status < 400:
+        advice = f"set {setting_name(config, 'base_url')} to where it points"
+        return ModelFault(f"{server} redirects ({status}): {advice}. {words}", False, None)
+    said = f" ({status})"
+    if not isinstance(status, int) or status < 400:
+        said = ""
+        status = _deduced_status(found, words)
+    key = setting_name(config, "api_key")
+    model = setting_name(config, "model")
+
+    def final(problem: str, advice: str) -> ModelFault:
+        return ModelFault(f"{server} {problem}{said}: {advice}. {words}", False, None)
+
+    if TOO_LONG.search(f"{code} {words}"):
+        advice = f"take a model with a larger context ({model})"
+        if "completion" in words:
+            advice = f"{advice}, or a smaller llm.max_token (now {config.max_token})"
+        return final("finds the prompt too long", advice)
+    no_credit = wait is None and NO_CREDIT.search(words)
+    if status == 402 or code == "insufficient_quota" or no_credit:
+        return final("says that no credit is left", f"add some, or change {key}")
+    if status == 401 or BAD_KEY.search(words):
+        return final("rejected the key", f"check {key}")
+    if status == 403:
+        return final("refused access", f"check that {key} may use {config.model!r} ({model})")
+    names_model = f"model|deployment|{re.escape(config.model)}"
+    if status == 404 and re.search(names_model, f"{code} {words}", re.IGNORECASE):
+        return final(f"has no model {config.model!r}", f"check {model}")
+    if status in (404, 405):
+        return final("has nothing at this address", _check_url(config))
+    if wait and wait > LONGEST_WAIT:
+        advice = f"a run waits {LONGEST_WAIT:.0f} s at most"
+        return final(f"wants no request for {wait:.0f} s", advice)
+    retry = status in (408, 409, 425, 429) or status >= 500
+    reason = f"{server} answered {status}: {words or 'without a word'}"
+    return ModelFault(reason, retry, wait if retry else None)
+
+
+def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
+    """The reason where no whole answer came: the first cause, without Python's names."""
+    names = _class_names(error)
+    cause = error
+    for _ in range(10):
+        inner = cause.__cause__ or cause.__context__
+        if inner is None or isinstance(inner, asyncio.CancelledError):
+            break
+        cause = inner
+        names |= _class_names(cause)
+    text = error_text(cause)
+    if isinstance(cause, ConnectionError) and cause.errno:
+        text = os.strerror(cause.errno)
+    text = _one_line(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
+    server = _server(config)
+    proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
+    if names & GARBLED:
+        return f"{server} sent what is no valid answer: {text}"
+    if names & LATE and "ConnectTimeout" not in names:
+        return f"{server} did not answer in time{f': {text}' if text else ''}"
+    if names & BROKEN:
+        return f"{server} broke off the connection: {text}"
+    text = text or "it does not answer (http or https?)"
+    return f"{server} cannot be reached: {text}. Check {setting_name(config, 'base_url')}{proxy}"
+
+
+def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> ModelFault | None:
+    """What a failed model request means; None where it is not the request that failed."""
+    names = _class_names(error)
+    body = getattr(error, "body", None)
+    status = getattr(error, "status_code", getattr(error, "status", None))
+    if names & {"NotACompletion", "APIResponseValidationError"}:
+        words = _one_line(body or error_text(error), secrets)
+        return ModelFault(
+            f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
+        )
+    if isinstance(status, int) or isinstance(error, ServerError) or ("APIError" in names and body):
+        told = body if hasattr(error, "body") else error_text(error)
+        return _refusal(told, status, _asked_wait(error, body), config, secrets)
+    if names & (LATE | BROKEN | GARBLED | UNREACHED):
+        return ModelFault(_broken(error, config, secrets), True, None)
+    return None
+
+
+# Answers
 
 
 class Chunk(NamedTuple):
@@ -3516,13 +3430,32 @@ class Chunk(NamedTuple):
     usage: Mapping[str, int] = {}
 
 
-class PartialAnswer(Exception):
-    """An answer that is not whole: `retry` where asking again may help, `cut` at a limit."""
+def _parsed(text: str) -> Any:
+    """The JSON document that `text` is, or else the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
-    def __init__(self, reason: str, *, retry: bool = False, cut: bool = False) -> None:
-        super().__init__(reason)
-        self.retry = retry
-        self.cut = cut
+
+def _broken_off(piece: str) -> PartialAnswer:
+    return PartialAnswer(f"the model's answer broke off, in {quoted(piece[-60:])}", retry=True)
+
+
+def _endless() -> PartialAnswer:
+    advice = "check llm.model, which may repeat itself, and its server"
+    return PartialAnswer(f"the model's answer does not end: {advice}")
+
+
+def _checked(document: Any, event: str) -> Any:
+    """`document`, unless it is an error."""
+    if event == "error":
+        raise ServerError(document)
+    if not isinstance(document, Mapping):
+        raise NotACompletion(encode(jsonable(document)))
+    if document.get("error") or "error" in (document.get("object"), document.get("type")):
+        raise ServerError(document)
+    return document
 
 
 class _BodyReader:
@@ -3585,27 +3518,39 @@ class _BodyReader:
                 yield document if document is None else _checked(document, event)
 
 
-def _parsed(text: str) -> Any:
-    """The JSON document that `text` is, or else the text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+MOST_BYTES = 1 << 26  # of an answer's body; an answer of 100,000 tokens has half of it
+PACKED = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
 
 
-def _broken_off(piece: str) -> PartialAnswer:
-    return PartialAnswer(f"the model's answer broke off, in {quoted(piece[-60:])}", retry=True)
+def _http_client(**options: Any) -> Any:
+    """An HTTP client for model servers.
 
+    It follows no redirect, as a prompt is for the server that was configured, and reads no more
+    than MOST_BYTES of an answer.
+    """
+    httpx = importlib.import_module("httpx2")  # what the SDKs of OpenAI and Anthropic are built on
 
-def _checked(document: Any, event: str) -> Any:
-    """`document`, unless it is an error."""
-    if event == "error":
-        raise ServerError(document)
-    if not isinstance(document, Mapping):
-        raise NotACompletion(encode(jsonable(document)))
-    if document.get("error") or "error" in (document.get("object"), document.get("type")):
-        raise ServerError(document)
-    return document
+    class Bounded(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]
+        def __init__(self, stream: Any, most: int) -> None:
+            self._stream = stream
+            self._left = most
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for piece in self._stream:
+                self._left -= len(piece)
+                if self._left < 0:
+                    raise _endless()
+                yield piece
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    async def bound(response: Any) -> None:
+        packed = "content-encoding" in response.headers
+        response.stream = Bounded(response.stream, MOST_BYTES // PACKED if packed else MOST_BYTES)
+
+    headers = {"Accept-Encoding": "identity"}
+    return httpx.AsyncClient(headers=headers, event_hooks={"response": [bound]}, **options)
 
 
 async def _documents(response: Any) -> AsyncGenerator[Any, None]:
@@ -3623,6 +3568,34 @@ async def _documents(response: Any) -> AsyncGenerator[Any, None]:
             yield document
     finally:
         await response.aclose()
+
+
+MOST_TOKENS = 100_000_000  # of a request; a server that counts more is wrong
+
+
+def _counts(usage: Any, prompt: str, completion: str) -> dict[str, int]:
+    """What a server counts; what can be no count is left out, and then estimated."""
+    counts = {}
+    for name, key in {"prompt_tokens": prompt, "completion_tokens": completion}.items():
+        count = usage.get(key) if isinstance(usage, Mapping) else None
+        if isinstance(count, int | float) and 0 < count < MOST_TOKENS:
+            counts[name] = int(count)
+    return counts
+
+
+def _content(content: Any) -> tuple[str, str]:
+    """The text and the thinking in a message's content, which is a text or a list of blocks."""
+    if not isinstance(content, list):
+        return content or "", ""
+    text = "".join(block.get("text") or "" for block in content)
+    return text, "".join(text for block in content for text in _content(block.get("thinking")))
+
+
+def estimate_tokens(text: str) -> int:
+    return -(-len(text) // 4)
+
+
+# Vendors
 
 
 class _Vendor(NamedTuple):
@@ -3729,27 +3702,6 @@ def _ollama_chunk(document: Any) -> Chunk:
     return Chunk(text, said.get("thinking") or "", finish_reason, counts)
 
 
-def _content(content: Any) -> tuple[str, str]:
-    """The text and the thinking in a message's content, which is a text or a list of blocks."""
-    if not isinstance(content, list):
-        return content or "", ""
-    text = "".join(block.get("text") or "" for block in content)
-    return text, "".join(text for block in content for text in _content(block.get("thinking")))
-
-
-MOST_TOKENS = 100_000_000  # of a request; a server that counts more is wrong
-
-
-def _counts(usage: Any, prompt: str, completion: str) -> dict[str, int]:
-    """What a server counts; what can be no count is left out, and then estimated."""
-    counts = {}
-    for name, key in {"prompt_tokens": prompt, "completion_tokens": completion}.items():
-        count = usage.get(key) if isinstance(usage, Mapping) else None
-        if isinstance(count, int | float) and 0 < count < MOST_TOKENS:
-            counts[name] = int(count)
-    return counts
-
-
 # MetaGPT's class → how its models are asked. Azure's and others inherit from OpenAI's.
 ASKED: Mapping[str, _Vendor] = {
     "OpenAILLM": _Vendor(_openai_arguments, _openai_send, _openai_chunk),
@@ -3766,6 +3718,23 @@ def _other_vendor(own_method: Callable[[], Awaitable[str]], stream: bool) -> _Ve
         yield Chunk("" if stream else text, finish_reason="stop")
 
     return _Vendor(lambda *_: {}, send, lambda chunk: chunk, own_method=True)
+
+
+# Requests: what is asked is MetaGPT's own; whether the answer is whole is settled here.
+
+
+@dataclass
+class _Speaker:
+    """Who speaks in this coroutine: roles run concurrently, each in a context of its own."""
+
+    team: _Team
+    role: str
+    action: str | None = None
+    call: _ModelCall | None = None
+    answer: str = ""  # its model's last
+
+
+_speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
 
 
 class _ModelCall:
@@ -4148,8 +4117,387 @@ class _ModelRequest:
         self.team.engine.BaseLLM._update_costs(self._model, usage)
 
 
-def estimate_tokens(text: str) -> int:
-    return -(-len(text) // 4)
+# -----------------------------------------------------------------------------
+# MetaGPT: mendings
+# -----------------------------------------------------------------------------
+
+
+def _patch(target: Any, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(original, self, …)` in the place of a method, for all instances of a class."""
+    setattr(target, name, functools.partialmethod(partial(around, getattr(target, name))))
+
+
+# Whatever the user, the system or a model configured, git runs no program of theirs.
+GIT_CONFIG: Mapping[str, str] = {
+    "core.hooksPath": os.devnull,
+    "core.fsmonitor": "false",
+    "core.excludesFile": os.devnull,
+    "core.attributesFile": os.devnull,
+    "commit.gpgSign": "false",
+}
+
+
+def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of git: no configuration but GIT_CONFIG, no repository but `.git`."""
+    own = {
+        **program_environ(environ),
+        "HOME": os.devnull,
+        "XDG_CONFIG_HOME": os.devnull,
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TEMPLATE_DIR": "",  # it may hold hooks
+        "GIT_DIR": ".git",  # of the current folder: it is not looked for in those above
+        "GIT_CONFIG_COUNT": str(len(GIT_CONFIG)),
+    }
+    for number, (key, value) in enumerate(GIT_CONFIG.items()):
+        own[f"GIT_CONFIG_KEY_{number}"] = key
+        own[f"GIT_CONFIG_VALUE_{number}"] = value
+    for person in ("AUTHOR", "COMMITTER"):  # else it asks passwd, where the user id may be missing
+        own[f"GIT_{person}_NAME"] = "streamer"
+        own[f"GIT_{person}_EMAIL"] = "streamer@localhost"
+    return own
+
+
+def _mend_git_lock(engine: types.SimpleNamespace) -> None:
+    """GitPython changes the process's current folder while it indexes: one repository at a time."""
+    lock = threading.RLock()
+
+    def locked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return method(*args, **kwargs)
+
+    for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
+        _patch(engine.GitRepository, name, locked)
+    # Where Python looks for modules in the current folder, that must not become the model's.
+    sys.path[:] = [folder or os.getcwd() for folder in sys.path]
+
+
+def _mend_git_environ(engine: types.SimpleNamespace) -> None:
+    """It lets git read the user's environment and configuration, and run the hooks named there."""
+    module = types.ModuleType("os")
+    environ = git_environ(os.environ)
+    vars(module).update(vars(os), environ=environ, getenv=environ.get)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "git"]:
+        if getattr(sys.modules[name], "os", None) is os:
+            vars(sys.modules[name])["os"] = module  # GitPython reads os.environ in six modules
+    git = importlib.import_module("git")
+    git.Repo.config_level = ("repository",)  # what GitPython reads itself
+    git.index.base.run_commit_hook = lambda *args: None
+
+
+def _mend_file_names(engine: types.SimpleNamespace) -> None:
+    """It writes, reads and deletes whatever path the model names: only in the workspace now."""
+
+    async def contained(
+        method: Callable[..., Any], files: Any, filename: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.team.check_inside(files.workdir / filename)
+        result = await method(files, filename, *args, **kwargs)
+        if speaker and method.__name__ != "get":
+            speaker.team.run.report_files(speaker.role)
+        return result
+
+    def renamed(method: Callable[..., Any], repository: Any, name: str) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.team.check_inside(repository.workdir.parent / name)
+        if Path(name).name != name:
+            raise _GiveUp(f"a project name must be the name of a folder, not {name[:200]!r}")
+        return method(repository, name)
+
+    for name in ("save", "get", "delete"):
+        _patch(engine.FileRepository, name, contained)
+    _patch(engine.GitRepository, "rename_root", renamed)
+
+
+def _mend_dependency_file() -> None:
+    """It takes JSON's backslashes for those of Windows, which garbles names in other scripts."""
+    module = importlib.import_module("metagpt.utils.dependency_file")
+
+    async def load(file: Any) -> None:
+        if file.exists:
+            file._dependencies = json.loads(await module.aread(file._filename))
+
+    module.DependencyFile.load = load
+
+
+# MetaGPT's patterns for a model's answer, and the same in linear time: what stands in `(?>…)` is
+# found once. Where the first start of what is searched has no end behind it, no later one has.
+LINEAR_PATTERNS: Mapping[str, str] = {
+    # The last bracket that closes, back to the last one that opens, or without `=` to the first.
+    r"\s*(.*=.*)?(\[.*\])": r"\A([^=]*+=.*(?=\[[^\[]*\])|[^\[]*+)(\[.*\])",
+    r"(.*?```python.*?\s+)?(?P<code>.*)(```.*?)": (
+        r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)(```)"
+    ),
+    r"(.*?```python.*?\s+)?(?P<code>.*)": r"\A((?>.*?```python)(?>.*?\s+))?(?P<code>.*)",
+    r"\[CONTENT\]([\s\S]*)\[/CONTENT\]": r"\A(?>[\s\S]*?\[CONTENT\])([\s\S]*)\[/CONTENT\]",
+}
+
+
+def linear_pattern(pattern: str) -> str:
+    """One of LINEAR_PATTERNS, or `a.*?b(.*?)c` with a and b found once."""
+    before, group, after = pattern.partition("(.*?)")
+    if pattern in LINEAR_PATTERNS or not group:
+        return LINEAR_PATTERNS.get(pattern, pattern)
+    pieces = "".join(f"(?>.*?{piece})" for piece in before.split(".*?"))
+    return rf"\A{pieces}{group}{after}"
+
+
+class _LinearSearch:
+    """The module `re` for MetaGPT's parsers of answers."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def search(self, pattern: str, text: str, flags: int = 0) -> Any:
+        return self._module.search(linear_pattern(pattern), text, flags)
+
+    def findall(self, pattern: str, text: str, flags: int = 0) -> Any:
+        return self._module.findall(LINEAR_PATTERNS.get(pattern, pattern), text, flags)
+
+
+def _mend_searches() -> None:
+    """Its patterns take minutes for an answer that is cut, and it evaluates answers as Python."""
+    for name in ("utils.common", "utils.repair_llm_raw_output", "actions.action_node"):
+        parser = importlib.import_module(f"metagpt.{name}")
+        vars(parser)["re"] = _LinearSearch(vars(parser)["re"])
+    vars(importlib.import_module("metagpt.actions.action_node"))["eval"] = ast.literal_eval
+
+
+def _mend_action_names(engine: types.SimpleNamespace) -> None:
+    """It runs actions inside actions in silence: the speaker says which, and counts the ended."""
+
+    async def named(method: Callable[..., Any], action: Any, *args: Any, **kwargs: Any) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.action = type(action).__name__
+        result = await method(action, *args, **kwargs)
+        if speaker:
+            speaker.team.finished(type(action).__name__)
+        return result
+
+    for action in _subclasses(engine.Action):
+        if "run" in vars(action):
+            _patch(action, "run", named)
+
+
+def _twin(node: Any) -> Any:
+    twin = copy.copy(node)
+    twin.children = {key: _twin(child) for key, child in node.children.items()}
+    return twin
+
+
+def _mend_shared_nodes(engine: types.SimpleNamespace) -> None:
+    """It keeps the model and its answer on nodes that all runs share: each fill has a copy."""
+
+    async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
+        return await method(_twin(node), *args, **kwargs)
+
+    _patch(engine.ActionNode, "fill", copied)
+
+
+def _mend_package_installs(engine: types.SimpleNamespace) -> None:
+    """It installs the packages that a model names into the service's own environment."""
+    engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
+
+
+def _mend_token_counts(engine: types.SimpleNamespace) -> None:
+    """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
+    engine.openai_api.count_output_tokens = lambda text, model: estimate_tokens(text)
+    engine.openai_api.count_input_tokens = lambda messages, model: estimate_tokens(str(messages))
+
+
+def _mend_model_requests(engine: types.SimpleNamespace) -> None:
+    """It believes whatever a model's server sends; `_ModelRequest` does not."""
+
+    async def asked(
+        method: Callable[..., Any], model: Any, messages: Any, stream: bool = False, **kwargs: Any
+    ) -> Any:
+        speaker = _speaker.get()
+        own_method = partial(method, model, messages, stream=stream, **kwargs)
+        if speaker is None:
+            return await own_method()
+        kinds = [kind for kind in type(model).__mro__ if "_achat_completion_stream" in vars(kind)]
+        vendor = ASKED.get(kinds[0].__name__) or _other_vendor(own_method, stream)
+        return await _ModelRequest(speaker, vendor, model, messages, stream).answer()
+
+    for kind in (engine.BaseLLM, *_subclasses(engine.BaseLLM)):
+        if "acompletion_text" in vars(kind):
+            _patch(kind, "acompletion_text", asked)
+
+
+def _mend(engine: types.SimpleNamespace) -> None:
+    """Mends what a server of many runs cannot live with in MetaGPT (guarantees 7 and 8)."""
+    _mend_git_lock(engine)
+    _mend_git_environ(engine)
+    _mend_file_names(engine)
+    _mend_dependency_file()
+    _mend_searches()
+    _mend_action_names(engine)
+    _mend_shared_nodes(engine)
+    _mend_package_installs(engine)
+    _mend_token_counts(engine)
+    _mend_model_requests(engine)
+
+
+def _address_models(engine: types.SimpleNamespace) -> None:
+    """Sends what is asked of a model to its own vendor, by the proxy that its settings name."""
+    get_provider = engine.LLM_REGISTRY.get_provider
+
+    def make(api_type: Any, config: Any) -> Any:
+        vendor = vendor_of(config)
+        if "base_url" not in config.model_fields_set:  # then it is OpenAI's, whatever the vendor
+            if vendor in EXAMPLE_URLS:
+                example = EXAMPLE_URLS[vendor]
+                raise _GiveUp(f"base_url of a model of {vendor} is missing, for example {example}")
+            config.base_url = VENDOR_URLS[vendor]
+        model = get_provider(api_type)(config)
+        if hasattr(model.aclient, "with_options"):
+            http = _http_client(proxy=config.proxy or None)
+            model.aclient = model.aclient.with_options(http_client=http)
+        if vendor != "openai" and hasattr(getattr(model, "aclient", None), "organization"):
+            model.aclient.organization = None  # OpenAI's own, from OPENAI_ORG_ID
+            model.aclient.project = None
+        return model
+
+    engine.LLM_REGISTRY.get_provider = lambda api_type: partial(make, api_type)
+    # It would hand the proxy to the SDK under a name that the SDK does not know any more.
+    engine.openai_api.OpenAILLM._get_proxy_params = lambda llm: {}
+
+
+def _route_output(engine: types.SimpleNamespace) -> None:
+    """Sends tokens and log records, which MetaGPT prints, to the task that they come from."""
+
+    def log(message: Any) -> None:
+        speaker = _speaker.get()
+        if speaker is not None:
+            speaker.team.log(message.record["level"].name, message.record["message"])
+
+    def token(text: str) -> None:
+        speaker = _speaker.get()
+        if speaker is not None and speaker.call is not None:
+            speaker.call.take(Chunk(text))
+
+    engine.loguru.add(log, level="INFO", format="{message}", backtrace=False, diagnose=False)
+    engine.set_llm_stream_logfunc(token)
+
+
+# Imported once for the process, as MetaGPT's hooks are the process's own.
+_engine: types.SimpleNamespace | None = None
+_engine_lock = threading.Lock()
+
+
+def load_metagpt(workspace: Path) -> types.SimpleNamespace:
+    """Imports MetaGPT (2-4 s, so in a worker thread) and mends what its runs share.
+
+    Its own log folder goes below `workspace`. Raises SettingsError without a model.
+    """
+    global _engine
+    with _engine_lock:
+        if _engine is None:
+            try:
+                engine = _import_metagpt(workspace / ".metagpt", model_config(os.environ))
+            except ModuleNotFoundError as error:
+                raise SettingsError(f"{error}; type: {INSTALL}") from error
+            except ValueError as error:
+                raise SettingsError(refused_field(error)) from error
+            _route_output(engine)
+            _mend(engine)
+            _address_models(engine)
+            _engine = engine
+    return _engine
+
+
+def warm_up_metagpt(settings: Settings) -> None:
+    """Loads MetaGPT before the first task needs it; warns where the model's price is unknown."""
+    engine = load_metagpt(settings.workspace)
+    config = engine.config.llm
+    if model_price(engine, config, settings.price) is None:
+        logger.warning(
+            "no price is known for model=%r: costs are unknown, and the option investment stops "
+            "nothing (token_budget does); set --price 1.25,10 (US dollars for a million prompt and "
+            "completion tokens), or llm.pricing_plan to a model whose price MetaGPT knows",
+            config.pricing_plan or config.model,
+        )
+
+
+# -----------------------------------------------------------------------------
+# MetaGPT: the team
+# -----------------------------------------------------------------------------
+
+STRONGER_MODEL = "a stronger model (llm.model) may keep to the form asked"
+
+
+def _plain_text(error: BaseException) -> str:
+    """An error without what is of Python: pydantic's page, a path's folders, a traceback."""
+    if "ValidationError" in _class_names(error) and hasattr(error, "errors"):
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        where = ".".join(map(str, first["loc"]))
+        message = re.sub(r"[{}']|^Value error, ", "", first["msg"])
+        return f"{where}: {message}{more}" if where else message
+    if isinstance(error, OSError) and error.strerror:
+        return f"the file {Path(str(error.filename)).name} cannot be used: {error.strerror}"
+    return error_text(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
+
+
+def failure_reason(error: BaseException, answer: str = "") -> str:
+    """Why MetaGPT could not go on, in a line for a person; `answer` is what its model said last."""
+    attempts = 0
+    for _ in range(5):  # MetaGPT's retries, one around the other
+        last = getattr(error, "last_attempt", None)
+        if last is not None:
+            attempts = attempts or last.attempt_number
+            error = last.exception()
+    if isinstance(error, _GiveUp | StreamerError | SettingsError):
+        return error_text(error)
+    beginning = quoted(" ".join(answer.split())[:60])
+    text = " ".join(_plain_text(error).split())[:120]
+    if attempts or _class_names(error) & {"ValidationError", "JSONDecodeError"}:
+        after = f"after {attempts} attempts " if attempts else ""
+        form = f"{after}the model's answer has not the form asked; {STRONGER_MODEL}"
+        return f"{form}. It begins {beginning}. {text}"
+    if isinstance(error, OSError) and error.strerror:
+        return text
+    came = f", perhaps for the model's answer, which begins {beginning}" if answer else ""
+    return f"MetaGPT could not go on{came}: {type(error).__name__}: {text}"
+
+
+def _class_name(path: str) -> str:
+    """MetaGPT writes metagpt.roles.architect.Architect; `<all>` stays as it is."""
+    return str(path).rsplit(".", 1)[-1]
+
+
+def _project_name(prompt: str) -> str:
+    return "_".join(re.findall(r"[a-z][a-z0-9]*", prompt.lower())[:5])[:40].strip("_") or "project"
+
+
+def _is_git_name(part: str) -> bool:
+    """Whether a file system may take `part` for `.git`, by the rules of git's own verify_path.
+
+    HFS+ ignores case and invisible characters. NTFS ignores case, blanks and dots at the end and
+    what follows a colon, and knows `.git` as `git~1` too.
+    """
+    text = unicodedata.normalize("NFKC", part)
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    name = visible.casefold().partition(":")[0].rstrip(". ")
+    return name == ".git" or re.fullmatch(r"git~\d+", name) is not None
+
+
+def _hide_memory() -> None:
+    """Closes this process's memory and environment to other programs of its user, where Linux can.
+
+    Whoever may trace every process, as root may, still reads them.
+    """
+    if sys.platform == "linux":
+        set_dumpable = 4  # PR_SET_DUMPABLE of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
 
 
 # The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
@@ -4396,327 +4744,6 @@ class _Team:
         }
         self.run.update(cost=cost)
         return self.run.cost
-
-
-class ServerError(Exception):
-    """An error object where a completion was expected: inside a stream, or with a status of 200."""
-
-    def __init__(
-        self, body: object, status_code: int | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(server_words(body))
-        self.body = body
-        self.status_code = status_code
-        self.headers = headers or {}
-
-
-class NotACompletion(Exception):
-    """An answer with status 200 that is no completion, as a web page; its text is what came."""
-
-
-class ModelFault(NamedTuple):
-    """Why a model request failed, for a person, and what can be done."""
-
-    reason: str
-    retry: bool
-    wait: float | None  # seconds the server asked for, where it did
-
-
-LONGEST_WAIT = (
-    120.0  # seconds a run waits because a server asks; one that asks for more means hours
-)
-# What an error object without a status says of itself. Any other may pass, as a 500 does.
-STATUS_BY_NAME: Mapping[str, int] = {
-    "invalid_request_error": 400,
-    "context_length_exceeded": 400,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "billing_error": 402,
-    "insufficient_quota": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "model_not_found": 404,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "overloaded_error": 529,
-}
-TOO_LONG = re.compile("context.?(length|window|size)|prompt is too long", re.IGNORECASE)
-NO_CREDIT = re.compile(
-    "current quota|credit balance|insufficient (balance|credit|quota)", re.IGNORECASE
-)
-BAD_KEY = re.compile(
-    "api.?key (is )?(not valid|invalid)|(invalid|incorrect) (x-)?api.?key", re.IGNORECASE
-)
-# Names of error classes of openai, anthropic, httpx and aiohttp, so that none is loaded for this.
-LATE = {"APITimeoutError", "TimeoutException", "TimeoutError"}
-BROKEN = {"RemoteProtocolError", "ReadError", "ClientPayloadError", "ServerDisconnectedError"}
-GARBLED = {"JSONDecodeError", "UnicodeDecodeError"}
-UNREACHED = {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}
-
-
-def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> ModelFault | None:
-    """What a failed model request means; None where it is not the request that failed."""
-    names = _class_names(error)
-    body = getattr(error, "body", None)
-    status = getattr(error, "status_code", getattr(error, "status", None))
-    if names & {"NotACompletion", "APIResponseValidationError"}:
-        words = _one_line(body or error_text(error), secrets)
-        return ModelFault(
-            f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
-        )
-    if isinstance(status, int) or isinstance(error, ServerError) or ("APIError" in names and body):
-        told = body if hasattr(error, "body") else error_text(error)
-        return _refusal(told, status, _asked_wait(error, body), config, secrets)
-    if names & (LATE | BROKEN | GARBLED | UNREACHED):
-        return ModelFault(_broken(error, config, secrets), True, None)
-    return None
-
-
-def _refusal(
-    body: object, status: object, wait: float | None, config: Any, secrets: Sequence[str]
-) -> ModelFault:
-    """What an error object means, and the setting to change."""
-    found = _error_object(body)
-    code = str(found.get("code") or found.get("type") or "")
-    words = _one_line(body, secrets)
-    server = _server(config)
-    if isinstance(status, int) and 300 <= status < 400:
-        advice = f"set {setting_name(config, 'base_url')} to where it points"
-        return ModelFault(f"{server} redirects ({status}): {advice}. {words}", False, None)
-    said = f" ({status})"
-    if not isinstance(status, int) or status < 400:
-        said = ""
-        status = _deduced_status(found, words)
-    key = setting_name(config, "api_key")
-    model = setting_name(config, "model")
-
-    def final(problem: str, advice: str) -> ModelFault:
-        return ModelFault(f"{server} {problem}{said}: {advice}. {words}", False, None)
-
-    if TOO_LONG.search(f"{code} {words}"):
-        advice = f"take a model with a larger context ({model})"
-        if "completion" in words:
-            advice = f"{advice}, or a smaller llm.max_token (now {config.max_token})"
-        return final("finds the prompt too long", advice)
-    no_credit = wait is None and NO_CREDIT.search(words)
-    if status == 402 or code == "insufficient_quota" or no_credit:
-        return final("says that no credit is left", f"add some, or change {key}")
-    if status == 401 or BAD_KEY.search(words):
-        return final("rejected the key", f"check {key}")
-    if status == 403:
-        return final("refused access", f"check that {key} may use {config.model!r} ({model})")
-    names_model = f"model|deployment|{re.escape(config.model)}"
-    if status == 404 and re.search(names_model, f"{code} {words}", re.IGNORECASE):
-        return final(f"has no model {config.model!r}", f"check {model}")
-    if status in (404, 405):
-        return final("has nothing at this address", _check_url(config))
-    if wait and wait > LONGEST_WAIT:
-        advice = f"a run waits {LONGEST_WAIT:.0f} s at most"
-        return final(f"wants no request for {wait:.0f} s", advice)
-    retry = status in (408, 409, 425, 429) or status >= 500
-    reason = f"{server} answered {status}: {words or 'without a word'}"
-    return ModelFault(reason, retry, wait if retry else None)
-
-
-def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
-    """The reason where no whole answer came: the first cause, without Python's names."""
-    names = _class_names(error)
-    cause = error
-    for _ in range(10):
-        inner = cause.__cause__ or cause.__context__
-        if inner is None or isinstance(inner, asyncio.CancelledError):
-            break
-        cause = inner
-        names |= _class_names(cause)
-    text = error_text(cause)
-    if isinstance(cause, ConnectionError) and cause.errno:
-        text = os.strerror(cause.errno)
-    text = _one_line(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
-    server = _server(config)
-    proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
-    if names & GARBLED:
-        return f"{server} sent what is no valid answer: {text}"
-    if names & LATE and "ConnectTimeout" not in names:
-        return f"{server} did not answer in time{f': {text}' if text else ''}"
-    if names & BROKEN:
-        return f"{server} broke off the connection: {text}"
-    text = text or "it does not answer (http or https?)"
-    return f"{server} cannot be reached: {text}. Check {setting_name(config, 'base_url')}{proxy}"
-
-
-def _class_names(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
-
-
-def _error_object(body: object) -> Mapping[str, Any]:
-    """OpenAI's SDK takes `error` out of the body, Anthropic's does not, and Gemini sends a list."""
-    for _ in range(3):
-        if isinstance(body, list):
-            body = body[0] if body else {}
-        if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping | list):
-            body = body["error"]
-    return body if isinstance(body, Mapping) else {}
-
-
-def _deduced_status(found: Mapping[str, Any], words: str) -> int:
-    """The status of an error object that came without one; 500 where it does not say."""
-    for name in ("code", "status", "type"):
-        value = str(found.get(name) or "")
-        if re.fullmatch(r"[45]\d\d", value):
-            return int(value)
-        if value in STATUS_BY_NAME:
-            return STATUS_BY_NAME[value]
-    return 404 if "endpoint or method" in words else 500  # LM Studio's answer to an unknown path
-
-
-def _asked_wait(error: BaseException, body: object) -> float | None:
-    """Seconds to wait: retry-after-ms, retry-after (seconds or a date), or Gemini's retryDelay."""
-    headers = getattr(getattr(error, "response", error), "headers", None) or {}
-    millis = str(headers.get("retry-after-ms") or "")
-    text = str(headers.get("retry-after") or "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", millis):
-        return float(millis) / 1000
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        return float(text)
-    if text:
-        with contextlib.suppress(ValueError):
-            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    delay = re.search(
-        r"'retryDelay': '(\d{1,9}(?:\.\d+)?)s'", str(_error_object(body).get("details"))
-    )
-    return float(delay[1]) if delay else None
-
-
-def server_words(body: object, levels: int = 6) -> str:
-    """What an error's body says: OpenAI's form, Gemini's list, FastAPI's `detail`, text, a page."""
-    if isinstance(body, str):
-        title = re.search(r"<title>([^<]{1,300})", body[:20_000], re.IGNORECASE)
-        return title[1] if title else re.sub(r"<[^<>]{1,300}>", " ", body[:20_000])
-    if isinstance(body, list) and levels:
-        return "; ".join(server_words(item, levels - 1) for item in body[:3])
-    if body and isinstance(body, Mapping) and levels:
-        name = next(
-            (name for name in ("error", "message", "detail", "msg") if body.get(name)), None
-        )
-        if name is None:
-            return encode(jsonable(body))
-        place = ".".join(map(str, body.get("loc") or ()))  # FastAPI: the field that is wrong
-        words = server_words(body[name], levels - 1)
-        metadata = body.get("metadata")
-        raw = (
-            metadata.get("raw") if isinstance(metadata, Mapping) else None
-        )  # OpenRouter: its provider's words
-        return ": ".join(filter(None, (place, words, raw and str(raw))))
-    return str(jsonable(body, 300)) if body else ""
-
-
-def _one_line(body: object, secrets: Sequence[str]) -> str:
-    """What the server said, on one line, without secrets, at most 300 characters."""
-    text = " ".join(redact(server_words(body), secrets).split())
-    return text if len(text) <= 300 else f"{text[:299]}…"
-
-
-def _check_url(config: Any) -> str:
-    """Where to look when a server has no API at its base URL."""
-    name = setting_name(config, "base_url")
-    vendor = vendor_of(config)
-    example = EXAMPLE_URLS.get(vendor) or VENDOR_URLS.get(vendor)
-    if re.search(r"/v\d\w*(/openai)?/?$", str(config.base_url)) or not example:
-        return f"check {name}"
-    advice = "does it end in /v1?" if example.endswith("/v1") else f"as {example}"
-    return f"check {name} ({advice})"
-
-
-def _server(config: Any) -> str:
-    """The server by its address, without a password in it."""
-    parts = urlsplit(config.base_url or "")
-    address = (
-        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        if parts.netloc
-        else vendor_of(config)
-    )
-    return f"the model API at {address}"
-
-
-def vendor_of(config: Any) -> str:
-    return str(getattr(config.api_type, "value", config.api_type))
-
-
-def setting_name(config: Any, field: str) -> str:
-    """Where a person sets `field` of a model: in config2.yaml, and for some in the environment."""
-    vendor = vendor_of(config)
-    if vendor in ("openai", "anthropic"):
-        return f"{vendor.upper()}_{field.upper()} or llm.{field}"
-    return f"llm.{field}"
-
-
-def _hide_memory() -> None:
-    """Closes this process's memory and environment to other programs of its user, where Linux can.
-
-    Whoever may trace every process, as root may, still reads them.
-    """
-    if sys.platform == "linux":
-        set_dumpable = 4  # PR_SET_DUMPABLE of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
-
-
-def _is_git_name(part: str) -> bool:
-    """Whether a file system may take `part` for `.git`, by the rules of git's own verify_path.
-
-    HFS+ ignores case and invisible characters. NTFS ignores case, blanks and dots at the end and
-    what follows a colon, and knows `.git` as `git~1` too.
-    """
-    text = unicodedata.normalize("NFKC", part)
-    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
-    name = visible.casefold().partition(":")[0].rstrip(". ")
-    return name == ".git" or re.fullmatch(r"git~\d+", name) is not None
-
-
-STRONGER_MODEL = "a stronger model (llm.model) may keep to the form asked"
-
-
-def failure_reason(error: BaseException, answer: str = "") -> str:
-    """Why MetaGPT could not go on, in a line for a person; `answer` is what its model said last."""
-    attempts = 0
-    for _ in range(5):  # MetaGPT's retries, one around the other
-        last = getattr(error, "last_attempt", None)
-        if last is not None:
-            attempts = attempts or last.attempt_number
-            error = last.exception()
-    if isinstance(error, _GiveUp | StreamerError | SettingsError):
-        return error_text(error)
-    beginning = quoted(" ".join(answer.split())[:60])
-    text = " ".join(_plain_text(error).split())[:120]
-    if attempts or _class_names(error) & {"ValidationError", "JSONDecodeError"}:
-        after = f"after {attempts} attempts " if attempts else ""
-        form = f"{after}the model's answer has not the form asked; {STRONGER_MODEL}"
-        return f"{form}. It begins {beginning}. {text}"
-    if isinstance(error, OSError) and error.strerror:
-        return text
-    came = f", perhaps for the model's answer, which begins {beginning}" if answer else ""
-    return f"MetaGPT could not go on{came}: {type(error).__name__}: {text}"
-
-
-def _plain_text(error: BaseException) -> str:
-    """An error without what is of Python: pydantic's page, a path's folders, a traceback."""
-    if "ValidationError" in _class_names(error) and hasattr(error, "errors"):
-        first, *others = error.errors()
-        more = f" (and {len(others)} more)" if others else ""
-        where = ".".join(map(str, first["loc"]))
-        message = re.sub(r"[{}']|^Value error, ", "", first["msg"])
-        return f"{where}: {message}{more}" if where else message
-    if isinstance(error, OSError) and error.strerror:
-        return f"the file {Path(str(error.filename)).name} cannot be used: {error.strerror}"
-    return error_text(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
-
-
-def _class_name(path: str) -> str:
-    """MetaGPT writes metagpt.roles.architect.Architect; `<all>` stays as it is."""
-    return str(path).rsplit(".", 1)[-1]
-
-
-def _project_name(prompt: str) -> str:
-    return "_".join(re.findall(r"[a-z][a-z0-9]*", prompt.lower())[:5])[:40].strip("_") or "project"
 
 
 def run_metagpt(run: Run) -> Mapping[str, Any]:
