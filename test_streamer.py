@@ -2796,7 +2796,7 @@ def test_model_fault_says_how_a_connection_ended(error: Exception, reason: str) 
     ("error", "reason"),
     [
         (streamer.RunFailed("a reason"), "a reason"),
-        (OSError(errno.EIO, "Broken", "/work/a.py"), "the file a.py cannot be used: Broken"),
+        (OSError(errno.EIO, "Broken", "/some/a.py"), "the file a.py cannot be used: Broken"),
         (
             json.JSONDecodeError("Expecting value", "{", 1),
             "the model's answer has not the form asked; a stronger model (llm.model) may keep "
