@@ -3130,8 +3130,7 @@ def _import_metagpt(folder: Path, config: Mapping[str, Any]) -> types.SimpleName
     registry = found["LLM_REGISTRY"]
     registry.providers = _Providers(registry.providers)
     registry.get_provider(found["config"].llm.api_type)
-    tenacity = importlib.import_module("tenacity")
-    return types.SimpleNamespace(**found, loguru=loguru, tenacity=tenacity)
+    return types.SimpleNamespace(**found, loguru=loguru)
 
 
 def refused_field(error: ValueError) -> str:
