@@ -2749,7 +2749,7 @@ def setting_name(config: Any, field: str) -> str:
     return f"llm.{field}"
 
 
-def _vendor(api_type: str) -> tuple[str, str, str]:
+def _vendor_modules(api_type: str) -> tuple[str, str, str]:
     return VENDORS.get(api_type.partition(".")[0], OPENAI)  # "ollama.generate" is one of ollama's
 
 
@@ -2890,7 +2890,7 @@ def model_config(environ: Mapping[str, str]) -> dict[str, Any]:
     _check_model(config["llm"], lambda key: names.get(key, f"llm.{key} in {source}"))
     _check_proxies(config["llm"], environ)
     for api_type in _api_types(config):
-        _, module, package = _vendor(api_type)
+        _, module, package = _vendor_modules(api_type)
         if not _installed(module):
             raise SettingsError(f"llm.api_type {api_type} needs a package: pip install '{package}'")
     return config
@@ -3090,7 +3090,7 @@ class _Providers(dict[Any, Any]):
     """MetaGPT's model classes by api_type; the module that registers one is imported for it."""
 
     def __missing__(self, api_type: Any) -> Any:
-        importlib.import_module(f"metagpt.provider.{_vendor(api_type.value)[0]}")
+        importlib.import_module(f"metagpt.provider.{_vendor_modules(api_type.value)[0]}")
         return dict(self)[api_type]
 
 
@@ -3250,10 +3250,20 @@ BAD_KEY = re.compile(
     "api.?key (is )?(not valid|invalid)|(invalid|incorrect) (x-)?api.?key", re.IGNORECASE
 )
 # Names of error classes of openai, anthropic, httpx and aiohttp, so that none is loaded for this.
-LATE = {"APITimeoutError", "TimeoutException", "TimeoutError"}
-BROKEN = {"RemoteProtocolError", "ReadError", "ClientPayloadError", "ServerDisconnectedError"}
-GARBLED = {"JSONDecodeError", "UnicodeDecodeError"}
-UNREACHED = {"APIConnectionError", "TransportError", "ClientConnectionError", "ConnectionError"}
+TIMEOUT_ERRORS = {"APITimeoutError", "TimeoutException", "TimeoutError"}
+BROKEN_OFF_ERRORS = {
+    "RemoteProtocolError",
+    "ReadError",
+    "ClientPayloadError",
+    "ServerDisconnectedError",
+}
+DECODE_ERRORS = {"JSONDecodeError", "UnicodeDecodeError"}
+CONNECTION_ERRORS = {
+    "APIConnectionError",
+    "TransportError",
+    "ClientConnectionError",
+    "ConnectionError",
+}
 
 
 def _class_names(error: BaseException) -> set[str]:
@@ -3335,18 +3345,15 @@ def _refusal(
     code = str(found.get("code") or found.get("type") or "")
     words = _one_line(body, secrets)
     server = _server(config)
-    if isinstance(status, int) and 300 <= status < 400:
-        advice = f"set {setting_name(config, 'base_url')} to where it points"
-        return ModelFault(f"{server} redirects ({status}): {advice}. {words}", False, None)
-    said = f" ({status})"
+    status_text = f" ({status})"
     if not isinstance(status, int) or status < 400:
-        said = ""
+        status_text = ""
         status = _deduced_status(found, words)
     key = setting_name(config, "api_key")
     model = setting_name(config, "model")
 
     def final(problem: str, advice: str) -> ModelFault:
-        return ModelFault(f"{server} {problem}{said}: {advice}. {words}", False, None)
+        return ModelFault(f"{server} {problem}{status_text}: {advice}. {words}", False, None)
 
     if TOO_LONG.search(f"{code} {words}"):
         advice = f"take a model with a larger context ({model})"
@@ -3389,11 +3396,11 @@ def _broken(error: BaseException, config: Any, secrets: Sequence[str]) -> str:
     text = _one_line(re.sub(r"bytearray\(b'(.*?)'\)|^\[Errno -?\d+\] ", r"\1", text), secrets)
     server = _server(config)
     proxy = ", and llm.proxy or HTTPS_PROXY" if config.proxy or getproxies() else ""
-    if names & GARBLED:
+    if names & DECODE_ERRORS:
         return f"{server} sent what is no valid answer: {text}"
-    if names & LATE and "ConnectTimeout" not in names:
+    if names & TIMEOUT_ERRORS and "ConnectTimeout" not in names:
         return f"{server} did not answer in time{f': {text}' if text else ''}"
-    if names & BROKEN:
+    if names & BROKEN_OFF_ERRORS:
         return f"{server} broke off the connection: {text}"
     text = text or "it does not answer (http or https?)"
     return f"{server} cannot be reached: {text}. Check {setting_name(config, 'base_url')}{proxy}"
@@ -3409,10 +3416,14 @@ def model_fault(error: BaseException, config: Any, secrets: Sequence[str]) -> Mo
         return ModelFault(
             f"{_server(config)} sent no completion: {_check_url(config)}. {words}", False, None
         )
+    if isinstance(status, int) and 300 <= status < 400:
+        advice = f"set {setting_name(config, 'base_url')} to where it points"
+        reason = f"{_server(config)} redirects ({status}): {advice}. {_one_line(body, secrets)}"
+        return ModelFault(reason, False, None)
     if isinstance(status, int) or isinstance(error, ServerError) or ("APIError" in names and body):
         told = body if hasattr(error, "body") else error_text(error)
         return _refusal(told, status, _asked_wait(error, body), config, secrets)
-    if names & (LATE | BROKEN | GARBLED | UNREACHED):
+    if names & (TIMEOUT_ERRORS | BROKEN_OFF_ERRORS | DECODE_ERRORS | CONNECTION_ERRORS):
         return ModelFault(_broken(error, config, secrets), True, None)
     return None
 
@@ -3518,7 +3529,7 @@ class _BodyReader:
 
 
 MOST_BYTES = 1 << 26  # of an answer's body; an answer of 100,000 tokens has half of it
-PACKED = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
+COMPRESSION = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
 
 
 def _http_client(**options: Any) -> Any:
@@ -3546,7 +3557,9 @@ def _http_client(**options: Any) -> Any:
 
     async def bound(response: Any) -> None:
         packed = "content-encoding" in response.headers
-        response.stream = Bounded(response.stream, MOST_BYTES // PACKED if packed else MOST_BYTES)
+        response.stream = Bounded(
+            response.stream, MOST_BYTES // COMPRESSION if packed else MOST_BYTES
+        )
 
     headers = {"Accept-Encoding": "identity"}
     return httpx.AsyncClient(headers=headers, event_hooks={"response": [bound]}, **options)
@@ -3597,7 +3610,7 @@ def estimate_tokens(text: str) -> int:
 # Vendors
 
 
-class _Vendor(NamedTuple):
+class _ModelAPI(NamedTuple):
     """How models of one vendor are asked."""
 
     arguments: Callable[[Any, Any, bool], dict[str, Any]]  # of (model, messages, stream)
@@ -3635,12 +3648,12 @@ def _openai_send(model: Any, arguments: dict[str, Any], timeouts: Any) -> AsyncG
 def _openai_chunk(document: Any) -> Chunk:
     choices = [choice for choice in document.get("choices") or () if not choice.get("index")]
     choice = choices[0] if choices else {}
-    said = choice.get("delta") or choice.get("message") or {}
-    text, reasoning = _content(said.get("content"))
-    reasoning = said.get("reasoning_content") or said.get("reasoning") or reasoning
+    message = choice.get("delta") or choice.get("message") or {}
+    text, reasoning = _content(message.get("content"))
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or reasoning
     finish_reason = choice.get("finish_reason") or ""
-    if said.get("refusal"):
-        text += said["refusal"]
+    if message.get("refusal"):
+        text += message["refusal"]
         finish_reason = "refusal"
     elif "message" in choice and text:  # not streamed, so it is all there
         finish_reason = finish_reason or "stop"
@@ -3663,13 +3676,13 @@ def _anthropic_send(
 
 def _anthropic_chunk(document: Any) -> Chunk:
     parts = [document.get(name) for name in ("delta", "content_block", "message")]
-    said = next(filter(None, parts), document)
-    text, reasoning = _content(said.get("content"))
-    text += said.get("text") or ""
-    reasoning += said.get("thinking") or ""
-    usage = document.get("usage") or said.get("usage")
+    message = next(filter(None, parts), document)
+    text, reasoning = _content(message.get("content"))
+    text += message.get("text") or ""
+    reasoning += message.get("thinking") or ""
+    usage = document.get("usage") or message.get("usage")
     counts = _counts(usage, "input_tokens", "output_tokens")
-    return Chunk(text, reasoning, said.get("stop_reason") or "", counts)
+    return Chunk(text, reasoning, message.get("stop_reason") or "", counts)
 
 
 def _ollama_arguments(model: Any, messages: Any, stream: bool) -> dict[str, Any]:
@@ -3694,29 +3707,29 @@ async def _ollama_send(
 
 
 def _ollama_chunk(document: Any) -> Chunk:
-    said = document.get("message") or document
-    text = said.get("content") or said.get("response") or ""
+    message = document.get("message") or document
+    text = message.get("content") or message.get("response") or ""
     finish_reason = (document.get("done_reason") or "stop") if document.get("done") else ""
     counts = _counts(document, "prompt_eval_count", "eval_count")
-    return Chunk(text, said.get("thinking") or "", finish_reason, counts)
+    return Chunk(text, message.get("thinking") or "", finish_reason, counts)
 
 
 # MetaGPT's class → how its models are asked. Azure's and others inherit from OpenAI's.
-ASKED: Mapping[str, _Vendor] = {
-    "OpenAILLM": _Vendor(_openai_arguments, _openai_send, _openai_chunk),
-    "AnthropicLLM": _Vendor(_anthropic_arguments, _anthropic_send, _anthropic_chunk),
-    "OllamaLLM": _Vendor(_ollama_arguments, _ollama_send, _ollama_chunk),
+MODEL_APIS: Mapping[str, _ModelAPI] = {
+    "OpenAILLM": _ModelAPI(_openai_arguments, _openai_send, _openai_chunk),
+    "AnthropicLLM": _ModelAPI(_anthropic_arguments, _anthropic_send, _anthropic_chunk),
+    "OllamaLLM": _ModelAPI(_ollama_arguments, _ollama_send, _ollama_chunk),
 }
 
 
-def _other_vendor(own_method: Callable[[], Awaitable[str]], stream: bool) -> _Vendor:
+def _other_api(own_method: Callable[[], Awaitable[str]], stream: bool) -> _ModelAPI:
     """One whose SDK the user has installed: MetaGPT's own method, whose tokens come by its hook."""
 
     async def send(*_: Any) -> AsyncGenerator[Any, None]:
         text = await own_method()
         yield Chunk("" if stream else text, finish_reason="stop")
 
-    return _Vendor(lambda *_: {}, send, lambda chunk: chunk, own_method=True)
+    return _ModelAPI(lambda *_: {}, send, lambda chunk: chunk, own_method=True)
 
 
 # Requests: what is asked is MetaGPT's own; whether the answer is whole is settled here.
@@ -3739,16 +3752,16 @@ _speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
 class _ModelCall:
     """One attempt at a model request: what was said up to now. The text of 50 ms is one event."""
 
-    def __init__(self, speaker: _Speaker, heard: Callable[[], None]) -> None:
+    def __init__(self, speaker: _Speaker, on_output: Callable[[], None]) -> None:
         self.speaker = speaker
         self.action = speaker.action
         self.id = uuid.uuid4().hex[:12]
         self.finish_reason = ""
         self.usage: dict[str, int] = {}
         self.characters = 0
-        self._heard = heard
+        self._on_output = on_output
         kinds = (EventType.TOKEN, EventType.REASONING)
-        self._said: dict[EventType, list[str]] = {kind: [] for kind in kinds}
+        self._pieces: dict[EventType, list[str]] = {kind: [] for kind in kinds}
         # A server may cut a character into two surrogates: the first waits for the second here.
         decoder = codecs.getincrementaldecoder("utf-16-le")
         self._joined = {kind: decoder("replace") for kind in kinds}
@@ -3758,29 +3771,29 @@ class _ModelCall:
 
     @property
     def text(self) -> str:
-        return "".join(self._said[EventType.TOKEN])
+        return "".join(self._pieces[EventType.TOKEN])
 
     @property
     def reasoning(self) -> str:
-        return "".join(self._said[EventType.REASONING])
+        return "".join(self._pieces[EventType.REASONING])
 
     def take(self, chunk: Chunk) -> None:
         self.finish_reason = self.finish_reason or chunk.finish_reason.lower()
         self.usage.update(chunk.usage)
         self.characters += len(chunk.text) + len(chunk.reasoning)
-        self._say(EventType.REASONING, chunk.reasoning)
-        self._say(EventType.TOKEN, chunk.text)
+        self._add(EventType.REASONING, chunk.reasoning)
+        self._add(EventType.TOKEN, chunk.text)
         if chunk != Chunk():  # one that says nothing is no sign of life
-            self._heard()
+            self._on_output()
 
-    def _say(self, kind: EventType, text: str, last: bool = False) -> None:
+    def _add(self, kind: EventType, text: str, last: bool = False) -> None:
         text = self._joined[kind].decode(text.encode("utf-16-le", "surrogatepass"), last)
         if not text:
             return
         if kind is not self._kind:
             self.flush()
             self._kind = kind
-        self._said[kind].append(text)
+        self._pieces[kind].append(text)
         self._unsent += text
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(0.05, self.flush)
@@ -3801,8 +3814,8 @@ class _ModelCall:
             run.emit(self._kind, payload, self.speaker.role)
 
     def close(self) -> None:
-        for kind in self._said:
-            self._say(kind, "", last=True)
+        for kind in self._pieces:
+            self._add(kind, "", last=True)
         self.flush()
 
 
@@ -3947,19 +3960,19 @@ class _ModelRequest:
     )
 
     def __init__(
-        self, speaker: _Speaker, vendor: _Vendor, model: Any, messages: Any, stream: bool
+        self, speaker: _Speaker, api: _ModelAPI, model: Any, messages: Any, stream: bool
     ) -> None:
         self.speaker = speaker
         self.action = speaker.action
         self.team = speaker.team
         self.heard_at = time.time()
         self.silent = True
-        self._vendor = vendor
+        self._api = api
         self._model = model
         self._messages = messages
         self._stream = stream
         self._form = _RequestForm(model)
-        self._call = _ModelCall(speaker, self._heard)
+        self._call = _ModelCall(speaker, self._on_output)
         self._watch: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -3994,9 +4007,9 @@ class _ModelRequest:
         patience = self.team.run.model_timeout
         read = max(self._model.get_timeout(0), patience + self.LINGER)
         timeout = self.team.engine.Timeout(read, connect=self.CONNECT)
-        arguments = self._vendor.arguments(self._model, self._messages, self._stream)
-        answer = self._vendor.send(self._model, self._form.fit(arguments), timeout)
-        call = self._call = self.speaker.call = _ModelCall(self.speaker, self._heard)
+        arguments = self._api.arguments(self._model, self._messages, self._stream)
+        answer = self._api.send(self._model, self._form.fit(arguments), timeout)
+        call = self._call = self.speaker.call = _ModelCall(self.speaker, self._on_output)
         try:
             async with asyncio.timeout(patience) as watch, contextlib.aclosing(answer) as documents:
                 self._watch = watch
@@ -4015,14 +4028,14 @@ class _ModelRequest:
             self.team.report_cost()
         self._check(call)
         self._form.keep()
-        text = call.text.removesuffix("\n") if self._vendor.own_method else call.text
+        text = call.text.removesuffix("\n") if self._api.own_method else call.text
         self.speaker.answer = text
         return text
 
     def _take(self, document: Any) -> None:
         try:
             done = document is None
-            chunk = Chunk(finish_reason="stop") if done else self._vendor.chunk(document)
+            chunk = Chunk(finish_reason="stop") if done else self._api.chunk(document)
             if not all(isinstance(text, str) for text in chunk[:3]):
                 raise TypeError
         except (AttributeError, TypeError, ValueError):  # it has the form of no vendor
@@ -4031,7 +4044,7 @@ class _ModelRequest:
         if self._call.characters > self._form.most_characters:
             raise _endless()
 
-    def _heard(self) -> None:
+    def _on_output(self) -> None:
         """Called for each chunk: the model is not silent, and has its time again."""
         loop = asyncio.get_running_loop()
         self.heard_at = time.time()
@@ -4105,7 +4118,7 @@ class _ModelRequest:
         call = self._call
         text = call.reasoning + call.text
         usage = dict(call.usage)
-        if self._vendor.own_method:
+        if self._api.own_method:
             return
         if text:
             estimate = estimate_tokens(text)
@@ -4286,17 +4299,17 @@ def _mend_action_names(engine: types.SimpleNamespace) -> None:
             _patch(action, "run", named)
 
 
-def _twin(node: Any) -> Any:
-    twin = copy.copy(node)
-    twin.children = {key: _twin(child) for key, child in node.children.items()}
-    return twin
+def _copy_node(node: Any) -> Any:
+    copied = copy.copy(node)
+    copied.children = {key: _copy_node(child) for key, child in node.children.items()}
+    return copied
 
 
 def _mend_shared_nodes(engine: types.SimpleNamespace) -> None:
     """It keeps the model and its answer on nodes that all runs share: each fill has a copy."""
 
     async def copied(method: Callable[..., Any], node: Any, *args: Any, **kwargs: Any) -> Any:
-        return await method(_twin(node), *args, **kwargs)
+        return await method(_copy_node(node), *args, **kwargs)
 
     _patch(engine.ActionNode, "fill", copied)
 
@@ -4323,8 +4336,8 @@ def _mend_model_requests(engine: types.SimpleNamespace) -> None:
         if speaker is None:
             return await own_method()
         kinds = [kind for kind in type(model).__mro__ if "_achat_completion_stream" in vars(kind)]
-        vendor = ASKED.get(kinds[0].__name__) or _other_vendor(own_method, stream)
-        return await _ModelRequest(speaker, vendor, model, messages, stream).answer()
+        api = MODEL_APIS.get(kinds[0].__name__) or _other_api(own_method, stream)
+        return await _ModelRequest(speaker, api, model, messages, stream).answer()
 
     for kind in (engine.BaseLLM, *_subclasses(engine.BaseLLM)):
         if "acompletion_text" in vars(kind):

@@ -3055,7 +3055,7 @@ def test_chunk_is_the_same_of_every_vendor(
     vendor: str, document: dict[str, Any], chunk: tuple[Any, ...]
 ) -> None:
     """Text, thinking, finish reason and tokens, whatever the vendor calls them."""
-    assert streamer.ASKED[vendor].chunk(document) == chunk
+    assert streamer.MODEL_APIS[vendor].chunk(document) == chunk
 
 
 class Refusal(Exception):
