@@ -81,6 +81,7 @@ import copy
 import ctypes
 import difflib
 import errno
+import fcntl
 import functools
 import hmac
 import importlib
@@ -978,6 +979,7 @@ class Store(abc.ABC):
     """
 
     error: str | None = None  # why it does not answer, while it does not
+    warning: str | None = None  # what an operator should change, while it works
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -1054,6 +1056,11 @@ class Store(abc.ABC):
         self.error = error
         if (before is None) != (error is None):
             self._notify(error)
+
+    def _set_warning(self, warning: str | None) -> None:
+        if (warning is None) != (self.warning is None):
+            logger.warning("store warning=%r", warning)
+        self.warning = warning
 
     def _check(self, claim: Claim) -> None:
         task_id = claim.record.task.id
@@ -1209,6 +1216,7 @@ class SqliteStore(MemoryStore):
     """
 
     PAGE_BYTES = 1 << 20  # of events read at once
+    WAL_BYTES = 16 << 20  # of the file `-wal`, which has 4 MB where nobody holds it up
     SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -1222,6 +1230,7 @@ class SqliteStore(MemoryStore):
         task_id TEXT NOT NULL, event_id INTEGER NOT NULL, event_type TEXT NOT NULL,
         data TEXT NOT NULL, PRIMARY KEY (task_id, event_id)
     ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS started (task_id TEXT NOT NULL UNIQUE);
     PRAGMA user_version = 1;
     COMMIT;
     """
@@ -1238,6 +1247,8 @@ class SqliteStore(MemoryStore):
         self._pending: list[Change] = []
         self._next_commit: asyncio.Task[None]
         self._committing = asyncio.Lock()
+        self._started: list[str] = []  # by the server before this one, and not yet by this
+        self._files: dict[Path, os.stat_result] = {}  # as they were opened
         with self._connected():  # or it is an error now
             pass
 
@@ -1252,8 +1263,8 @@ class SqliteStore(MemoryStore):
                 return stack.enter_context(contextlib.closing(connection))
 
             try:
-                lock = connect(f"{self._path}.lock", 0)
-                lock.execute("BEGIN EXCLUSIVE")  # held while this process has the file
+                lock = stack.enter_context(open(f"{self._path}.lock", "ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process has the file
                 self._writer = connect(str(self._path), 0)
                 self._wait_for_locks(self._settings.lease)
                 self._reader = connect(str(self._path), self._settings.lease)
@@ -1266,17 +1277,53 @@ class SqliteStore(MemoryStore):
                 records = [_load(task, state, first_event_id=0) for task, state in rows]
                 # 0: it is looked up when it is asked for.
                 self._records = {record.task.id: record for record in records}
+                started = self._writer.execute("SELECT task_id FROM started ORDER BY rowid")
+                self._started = [task_id for (task_id,) in started]
+                paths = [Path(f"{self._path}{end}") for end in ("", "-wal", "-shm", ".lock")]
+                self._files = {path: path.stat() for path in paths}
+                self._hold(stack)
             except StoreUnavailable as error:
                 raise SettingsError(f"db {self._path} cannot be used: {error}") from None
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
+                other = "SQLITE_BUSY" if isinstance(error, BlockingIOError) else "SQLITE_CANTOPEN"
                 why = {
                     "SQLITE_BUSY": "another streamer uses it; "
                     "give each its own file, or all of them one redis_url",
                     "SQLITE_CANTOPEN": "its folder must exist and be writable",
                     "SQLITE_NOTADB": "it is another kind of file",
-                }.get(error.sqlite_errorname, "is it a SQLite file that may be written?")
+                }.get(
+                    getattr(error, "sqlite_errorname", other),
+                    "is it a SQLite file that may be written?",
+                )
                 raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
             yield
+
+    def _hold(self, stack: contextlib.ExitStack) -> None:
+        """Keeps other programs from deleting the write-ahead log while this one writes to it.
+
+        SQLite's own locks do that until anything in this process closes the same file, as a backup
+        does: POSIX locks end then. Linux has locks that do not, over the same bytes: SQLite's
+        SHARED lock, and that of whoever uses `-shm`. Elsewhere `_check_files` finds it out.
+        """
+        if sys.platform != "linux":
+            return
+        for end, start, length in (("", 0x40000002, 510), ("-shm", 128, 1)):
+            file = os.open(f"{self._path}{end}", os.O_RDONLY)
+            stack.callback(os.close, file)
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
+            with contextlib.suppress(OSError):  # a file system without them
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+
+    def _check_files(self) -> None:
+        """What is written to a file that was replaced, or deleted, is lost at the end."""
+        for path, opened in self._files.items():
+            try:
+                same = os.path.samestat(os.stat(path), opened)
+            except FileNotFoundError:
+                same = False
+            if not same:
+                why = "was deleted or replaced while it was in use; start the server again"
+                raise sqlite3.OperationalError(f"{path.name} {why}")
 
     def _wait_for_locks(self, seconds: float) -> None:
         """How long a write waits for a lock that somebody's shell holds."""
@@ -1319,14 +1366,53 @@ class SqliteStore(MemoryStore):
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         try:
             return await anyio.to_thread.run_sync(query, self._reader, limiter=self._one_reader)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise self._unavailable(error) from None
 
+    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
+        claim = await super().claim(task_id, statuses)
+        if claim is not None:
+            try:
+                await self._save_started(task_id)
+            except StoreUnavailable:
+                self._end(claim)
+                raise
+        return claim
+
+    async def release(self, claim: Claim) -> None:
+        task_id = claim.record.task.id
+        held = self._claims.get(task_id) is claim
+        await super().release(claim)
+        if held:
+            await self._save_started(task_id)
+
+    async def _save_started(self, task_id: str) -> None:
+        """What is claimed before it runs was started, and is so again after a restart."""
+        record = self._records[task_id]
+        if record.task.status is TaskStatus.PENDING:
+            await self._change(record)
+
     async def sweep(self) -> Sweep:
-        if self.error:
-            async with self._changing:
-                await self._change()  # does it work again?
-        return await super().sweep()
+        async with self._changing:
+            await self._change()  # does it work, still or again?
+        async with self._committing:
+            await self._read(self._shrink_wal)
+        orphans, expired = await super().sweep()
+        records = [self._records[each] for each in self._started if each in self._records]
+        waiting = [record.task.id for record in records if record.task.status is TaskStatus.PENDING]
+        self._started = [task_id for task_id in waiting if task_id not in self._claims]
+        return Sweep([*orphans, *self._started], expired)
+
+    def _shrink_wal(self, reader: sqlite3.Connection) -> None:
+        """Gives back what the write-ahead log grew by while another program held it up."""
+        log = f"{self._path}-wal"
+        if os.stat(log).st_size > self.WAL_BYTES:  # neither connection is in use meanwhile
+            self._wait_for_locks(0)
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        size = os.stat(log).st_size
+        warning = f"{self._path.name}-wal has grown to {size >> 20} MB, as another program, perhaps"
+        warning += " a shell, reads in a transaction that it does not end"
+        self._set_warning(warning if size > self.WAL_BYTES else None)
 
     async def _journal(
         self, record: Record | None, events: Sequence[Event], forgotten: Sequence[str]
@@ -1344,7 +1430,7 @@ class SqliteStore(MemoryStore):
             self._pending = []
             try:
                 await anyio.to_thread.run_sync(self._commit, changes)
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
                 self._set_error(str(self._unavailable(error)))
                 raise self._unavailable(error) from None
             self._set_error(None)
@@ -1356,6 +1442,9 @@ class SqliteStore(MemoryStore):
             db.execute("BEGIN IMMEDIATE")
             for change in changes:
                 self._save(db, *change)
+        records = [record for record, _, _ in changes]
+        if not all(record and record.task.status is TaskStatus.RUNNING for record in records):
+            self._check_files()  # while a run goes on, the sweep does
 
     def _save(
         self,
@@ -1367,6 +1456,7 @@ class SqliteStore(MemoryStore):
         for task_id in forgotten:
             db.execute("DELETE FROM events WHERE task_id = ?", (task_id,))
             db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+            db.execute("DELETE FROM started WHERE task_id = ?", (task_id,))
         if record is None:
             return
         task, state, _ = record
@@ -1376,6 +1466,11 @@ class SqliteStore(MemoryStore):
         else:
             saved = (task.id, task.status, task.updated_at, _dump(task), _dump(state))
             db.execute(self.SAVE, saved)
+        if task.status is TaskStatus.PENDING:
+            query = "DELETE FROM started WHERE task_id = ?"
+            if task.id in self._claims:
+                query = "INSERT OR IGNORE INTO started VALUES (?)"
+            db.execute(query, (task.id,))
         rows = [(task.id, event.id, event.type, event.data.decode()) for event in events]
         db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", rows)
         dropped = state.last_event_id - self._settings.max_events
@@ -1383,7 +1478,7 @@ class SqliteStore(MemoryStore):
             query = "DELETE FROM events WHERE task_id = ? AND event_id <= ?"
             db.execute(query, (task.id, dropped))
 
-    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"the log in {self._path.name} cannot be used: {error}")
 
 
@@ -5774,7 +5869,7 @@ async def get_health(request: Request) -> Response:
     answer = {
         "status": "ok" if healthy else "error",
         "mode": supervisor.engine.mode,
-        "store": supervisor.store.error or "ok",
+        "store": supervisor.store.error or supervisor.store.warning or "ok",
         "engine": supervisor.engine.status,
         "running": supervisor.running,
         "waiting": supervisor.waiting,

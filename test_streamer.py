@@ -1425,8 +1425,12 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
                 assert [event["event_id"] for event in log if event["event_type"] in TERMINAL] == [
                     len(log)
                 ]
-            if waiting:
-                assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"
+            if waiting:  # for a slot, before the kill; it has one now
+                runs = client.follow(waiting, "start=false")
+                runs.until(lambda state: state["status"] == "RUNNING")
+                assert client.post(f"/api/tasks/{waiting}/cancel").status_code == 202
+                runs.join()
+                assert runs.last_state["status"] == "CANCELLED"
             tasks = [client.create(pause) for pause in ("0", "0", "0.001", "0")]
             waiting = tasks.pop()
             before = [client.follow(task_id) for task_id in tasks for _ in range(2)]
@@ -1486,25 +1490,33 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
         assert ends == ["TASK_START", "TASK_ERROR", "TASK_START", "TASK_CANCELLED"]
 
 
-def test_shutdown_leaves_waiting_tasks_pending(tmp_path: Path) -> None:
-    """A stop that is no kill: what ran is CANCELLED, what waited for its turn still waits, its
-    client is told.
+def test_restart_runs_what_had_been_started(tmp_path: Path) -> None:
+    """A stop that is no kill: what ran is CANCELLED, what waited for its turn waits on, in the
+    order of its start; what nobody started, or somebody cancelled, does not run.
     """
     with busy(tmp_path, db="streamer.db", max_running=1) as server:
-        tasks = [server.client.create("0.01") for _ in range(2)]
-        witnesses = [server.client.follow(tasks[0])]
+        client = server.client
+        tasks = [client.create("0.01") for _ in range(5)]
+        witnesses = [client.follow(tasks[0])]
         witnesses[0].until(lambda state: state["status"] == "RUNNING")
-        witnesses.append(server.client.follow(tasks[1]))
-        witnesses[1].until(lambda state: "waiting for a free slot" in (state["last_message"] or ""))
+        for task_id in (tasks[3], tasks[1], tasks[4]):
+            witnesses.append(client.follow(task_id))
+            witnesses[-1].until(
+                lambda state: "waiting for a free slot" in (state["last_message"] or "")
+            )
+        assert client.post(f"/api/tasks/{tasks[4]}/cancel").status_code == 202
         server.stop()
         for witness in witnesses:
             witness.join()
-        assert [witness.close_code for witness in witnesses] == [1000, 1001]
-    with busy(tmp_path, db="streamer.db") as server:
-        assert [server.client.get(f"/api/tasks/{each}")["status"] for each in tasks] == [
-            "CANCELLED",
-            "PENDING",
-        ]
+        assert [witness.close_code for witness in witnesses] == [1000, 1001, 1001, 1000]
+    with busy(tmp_path, db="streamer.db", max_running=1) as server:
+        client = server.client
+        assert client.follow(tasks[3]).until(lambda state: state["status"] == "RUNNING")
+        statuses = [client.get(f"/api/tasks/{each}")["status"] for each in tasks]
+        assert statuses == ["CANCELLED", "PENDING", "PENDING", "RUNNING", "CANCELLED"]
+        assert client.get("/healthz")["waiting"] == 1
+        assert client.post(f"/api/tasks/{tasks[3]}/cancel").status_code == 202
+        assert client.follow(tasks[1]).until(lambda state: state["status"] == "RUNNING")
 
 
 def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
@@ -1621,9 +1633,7 @@ def test_folder_that_is_read_only_exits_2(tmp_path: Path) -> None:
         with process("-c", code, *command, cwd=Path("/")) as server:
             assert server.wait() == 2
     tmp_path.chmod(0o755)
-    assert (
-        "unable to open database file; its folder must exist and be writable" in server.errors[-1]
-    )
+    assert "x.db.lock'; its folder must exist and be writable" in server.errors[-1]
 
 
 @pytest.mark.anyio
@@ -1661,6 +1671,92 @@ async def test_sqlite_writes_that_wait_share_a_transaction(tmp_path: Path) -> No
         assert statements.count("BEGIN IMMEDIATE") == 1
         assert [len(await store.read(name, 0, 9)) for name in names] == [1, 1, 0]
         assert [each.id for each in (await store.page(None, 0, 9))[0]] == ["b", "a"]
+
+
+def test_copies_of_the_files_end_no_lock(tmp_path: Path) -> None:
+    """A backup in the same process, then a shell's query: what is stored later is kept."""
+    code = "import sqlite3, sys; path = sys.argv[1]; "
+    code += "print(sqlite3.connect(path).execute('SELECT id FROM tasks').fetchall())"
+    path = tmp_path / "streamer.db"
+    copies = tmp_path / "copies"
+
+    def copy_all() -> None:
+        shutil.rmtree(copies, ignore_errors=True)
+        copies.mkdir()
+        for file in tmp_path.glob("streamer.db*"):
+            shutil.copy(file, copies)
+
+    def query() -> str:
+        return subprocess.check_output([sys.executable, "-c", code, str(path)], text=True)
+
+    async def outlasts_a_copy() -> None:
+        async with opened(db=str(path)) as store:
+            await store.create(named("a"))
+            copy_all()
+            assert query() == "[('a',)]\n"
+            await store.create(named("b"))
+            await store.sweep()
+            with pytest.raises(streamer.SettingsError, match="another streamer uses it"):
+                streamer.open_store(Settings(db=str(path)))
+            copy_all()  # what a crash would leave now
+
+    anyio.run(outlasts_a_copy)
+    for folder in (copies, tmp_path):
+        with contextlib.closing(sqlite3.connect(folder / path.name)) as db:
+            assert db.execute("SELECT id FROM tasks").fetchall() == [("a",), ("b",)]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
+@pytest.mark.parametrize("replaced", [True, False])
+async def test_sqlite_file_that_is_gone_makes_the_store_unavailable(
+    tmp_path: Path, end: str, replaced: bool
+) -> None:
+    """What would be lost at the end is not said to be stored, at once and at each sweep."""
+    path = tmp_path / f"streamer.db{end}"
+    async with opened(db=str(tmp_path / "streamer.db")) as store:
+        await store.create(named("a"))
+        if replaced:
+            shutil.copy(path, tmp_path / "copy")
+            (tmp_path / "copy").replace(path)
+        else:
+            path.unlink()
+        why = f"{path.name} was deleted or replaced while it was in use; start the server again"
+        with pytest.raises(streamer.StoreUnavailable, match=why):
+            await store.create(named("b"))
+        with pytest.raises(streamer.StoreUnavailable, match=why):
+            await store.sweep()
+        assert why in store.error
+        assert [task.id for task in (await store.page(None, 0, 9))[0]] == ["a"]
+
+
+@pytest.mark.anyio
+async def test_sqlite_says_who_holds_up_the_log_and_gives_its_space_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streamer.SqliteStore, "WAL_BYTES", 1 << 20)
+    path = tmp_path / "streamer.db"
+    async with opened(db=str(path)) as store:
+        await store.create(named("a"))
+        claim = await claimed(store, "a")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as shell:
+            shell.execute("BEGIN")
+            shell.execute("SELECT * FROM tasks").fetchall()
+            for first in range(1, 20_000, 2000):
+                state = streamer.TaskState(task_id="a", last_event_id=first + 1999)
+                await claim.write(state, numbered(first, 2000))
+            await store.sweep()
+            megabytes = (tmp_path / "streamer.db-wal").stat().st_size >> 20
+            assert megabytes > 1
+            assert store.warning == (
+                f"streamer.db-wal has grown to {megabytes} MB, as another program, perhaps a shell,"
+                " reads in a transaction that it does not end"
+            )
+            assert store.error is None
+        await store.sweep()
+        assert store.warning is None
+        assert (tmp_path / "streamer.db-wal").stat().st_size == 0
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
 def test_two_servers_on_one_file_are_refused(tmp_path: Path) -> None:
