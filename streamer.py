@@ -464,6 +464,8 @@ class TooManyTasks(
 class TooManyClients(
     StreamerError, code="too_many_clients", status=503, close_code=1013, retry_after=5): ...
 class SlowClient(StreamerError, code="slow_client", status=503, close_code=1013): ...
+class FileChanged(StreamerError, code="file_changed", status=503, retry_after=5): ...
+class OutOfResources(StreamerError, code="out_of_resources", status=503, retry_after=5): ...
 class ServerClosing(
     StreamerError, code="server_closing", status=503, close_code=1001, retry_after=5): ...
 class StoreUnavailable(
@@ -594,12 +596,16 @@ class Draft(NamedTuple):
 def now(at: float | None = None) -> str:
     """RFC 3339 in UTC, to the millisecond; `at`: seconds since the epoch."""
     at = time.time() if at is None else at
-    return f"{_second(int(at))}.{int(at % 1 * 1000):03d}Z"
+    return f"{_second(math.floor(at))}.{int(at % 1 * 1000):03d}Z"
+
+
+DATES = (-62135596800, 253402300799)  # seconds since the epoch: the years 1 to 9999
 
 
 @functools.lru_cache(maxsize=16)
 def _second(at: int) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    """The nearest that can be written: a file's time may be any."""
+    return datetime.fromtimestamp(min(max(at, DATES[0]), DATES[1]), UTC).isoformat()[:19]
 
 
 def encode_payload(payload: Mapping[str, Any], max_bytes: int, secrets: Sequence[str] = ()) -> str:
@@ -2670,18 +2676,36 @@ class Runner(Protocol):
     def __call__(self, run: Run, /) -> Mapping[str, Any] | None: ...
 
 
-def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
-    """Path from `root`, bytes and mtime in ns of the regular files below it, without hidden ones
-    and links.
+UNKNOWN = frozenset(  # errors that do not tell whether a file is there
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+)
+
+
+def pass_over(error: OSError) -> None:
+    """Of a file that is not there, or not ours to read; raises an error that is another."""
+    if error.errno in UNKNOWN:
+        raise error
+
+
+def is_shown(name: str) -> bool:
+    """Whether a file, or a folder, is seen: not a hidden one, nor one whose name has a control
+    character or is no UTF-8, as no address or line of text can hold it.
     """
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+    return re.search("^[.]|[\x00-\x1f\x7f\ud800-\udfff]", name) is None
+
+
+def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Path from `root`, bytes and mtime in ns of the regular files below it that are shown; no
+    links. Raises OSError where it cannot be known, as without a descriptor left.
+    """
+    for folder, folders, names in os.walk(root, onerror=pass_over):
+        folders[:] = sorted(filter(is_shown, folders))
+        for name in sorted(filter(is_shown, names)):
             path = Path(folder, name)
-            with contextlib.suppress(FileNotFoundError):  # deleted since os.walk saw it
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and not name.startswith("."):
-                    yield jsonable(str(path.relative_to(root))), status.st_size, status.st_mtime_ns
+                if stat.S_ISREG(status.st_mode):
+                    yield str(path.relative_to(root)), status.st_size, status.st_mtime_ns
 
 
 # What the scripted team of test mode writes.
@@ -4550,7 +4574,8 @@ def _plain_text(error: BaseException) -> str:
         message = re.sub(r"[{}']|^Value error, ", "", first["msg"])
         return f"{where}: {message}{more}" if where else message
     if isinstance(error, OSError) and error.strerror:
-        return f"the file {Path(str(error.filename)).name} cannot be used: {error.strerror}"
+        name = f"the file {Path(error.filename).name}" if error.filename else "a file"
+        return f"{name} cannot be used: {error.strerror}"
     return error_text(error).strip().rpartition("\n")[2]  # of a traceback, the error itself
 
 
@@ -4902,6 +4927,10 @@ class Engine:
         if self.error is not None:
             return self.error
         return "ready" if self.ready.is_set() else "loading"
+
+    def limit(self, runs: int) -> None:
+        """Before the first of them: only so many at once."""
+        self.slots = anyio.Semaphore(runs)
 
     async def load(self) -> None:
         """Loads what the runner needs in a thread, so that the first task does not wait for it."""
@@ -5491,8 +5520,10 @@ class Supervisor:
         self._untold.pop(task_id, None)
         deleted = TaskNotFound(f"task {task_id} not found: it was deleted")
         self._brokers.close(task_id, deleted)
-        remove = partial(shutil.rmtree, self.settings.workspace / task_id, ignore_errors=True)
-        await anyio.to_thread.run_sync(remove)
+        folder = self.settings.workspace / task_id
+        await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+        if folder.exists():  # as without a descriptor left
+            logger.warning("task id=%s files left=%s", task_id, ascii(str(folder)))
 
 
 # -----------------------------------------------------------------------------
@@ -5788,7 +5819,7 @@ async def get_artifact(request: Request) -> Response:
     return OpenedFile(file, filename=Path(path).name, media_type="application/octet-stream")
 
 
-def _is_text(file: io.FileIO) -> bool:
+def _is_text(file: SizedFile) -> bool:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(os.pread(file.fileno(), 65536, 0))
     except UnicodeDecodeError:
@@ -5804,55 +5835,92 @@ async def get_zip(request: Request) -> Response:
     return OpenedFile(file, filename=f"{task.id}.zip", media_type="application/zip")
 
 
+class SizedFile(io.FileIO):
+    """A file that ends where it ended when it was opened, whatever is written to it since."""
+
+    def __init__(self, file: Path | int) -> None:
+        # A FIFO would be waited for; a terminal would become this process's.
+        flags = os.O_NONBLOCK | os.O_NOCTTY
+        super().__init__(file, opener=lambda path, mode: os.open(path, mode | flags))
+        self.status = os.fstat(self.fileno())
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Raises FileChanged where it became shorter."""
+        left = max(0, self.status.st_size - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        data: bytes = super().read(wanted)
+        if len(data) < wanted:
+            raise FileChanged("the file became shorter while it was read; try again")
+        return data
+
+
 class OpenedFile(FileResponse):
     """A file that is open already: whatever its name means by now, this is what was looked at."""
 
-    def __init__(self, file: io.FileIO, **kwargs: Any) -> None:
+    def __init__(self, file: SizedFile, **kwargs: Any) -> None:
         self._file = file
-        descriptor = file.fileno()
-        super().__init__(f"/dev/fd/{descriptor}", stat_result=os.fstat(descriptor), **kwargs)
+        modified = min(max(file.status.st_mtime, DATES[0]), DATES[1])
+        status: Any = types.SimpleNamespace(st_size=file.status.st_size, st_mtime=modified)
+        super().__init__(f"/dev/fd/{file.fileno()}", stat_result=status, **kwargs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._file:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except FileChanged as error:  # its length was told
+                logger.warning("download path=%s cut=%r", ascii(scope["path"]), str(error))
+                await cut_off(scope, receive)
+
+    @contextlib.asynccontextmanager
+    async def _open_file(self) -> AsyncIterator[Any]:
+        """What Starlette reads from."""
+        yield self
+
+    async def seek(self, offset: int) -> None:
+        self._file.seek(offset)
+
+    async def read(self, size: int) -> bytes:
+        return await anyio.to_thread.run_sync(self._file.read, size)
 
 
-def open_inside(root: Path, path: str) -> io.FileIO | None:
-    """A regular file below `root`.
+def open_inside(root: Path, path: str) -> SizedFile | None:
+    """A regular file below `root` that is shown.
 
-    None for what is hidden, outside, or a link to there, even if it is swapped meanwhile.
+    None for what is not, and for a link, even if it is swapped meanwhile. Raises OSError where it
+    cannot be known, as without a descriptor left.
     """
-    if Path(path).is_absolute() or ".." in Path(path).parts:
+    if Path(path).is_absolute() or not all(map(is_shown, Path(path).parts)):
         return None
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError, ValueError):
-        # A FIFO would be waited for; a terminal would become this process's.
-        descriptor = os.open(root / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        file = stack.enter_context(io.FileIO(descriptor))
-        named = (root / path).resolve(strict=True)
-        hidden = any(part.startswith(".") for part in named.relative_to(root.resolve()).parts)
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and os.path.samestat(status, named.lstat()) and not hidden:
-            stack.pop_all()
-            return file
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(SizedFile(root / path))
+            named = Path(os.path.realpath(root / path, strict=True))
+            same = os.path.samestat(file.status, named.lstat())
+            if same and named == root.resolve() / path and stat.S_ISREG(file.status.st_mode):
+                stack.pop_all()
+                return file
+        except OSError as error:
+            pass_over(error)
     return None
 
 
-def zip_files(root: Path) -> io.FileIO:
+def zip_files(root: Path) -> SizedFile:
     """The files below `root`, as a zip in a file without a name, which goes when it is closed."""
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=root.parent) as made:
         with zipfile.ZipFile(made, "w") as archive:
             for path, _, modified in list_files(root):
                 file = open_inside(root, path)
                 if file is None:  # deleted since it was listed
                     continue
-                seconds = max(modified / 1e9, 315532800)  # a zip's time begins in 1980
+                # A zip's time is from 1980 to 2107.
+                seconds = min(max(modified / 1e9, 315532800), 4354819198)
                 entry = zipfile.ZipInfo(path, time.gmtime(seconds)[:6])
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 with file, archive.open(entry, "w", force_zip64=True) as target:
                     shutil.copyfileobj(file, target)
-        stack.pop_all()
-        return made
+        made.seek(0)
+        return SizedFile(os.dup(made.fileno()))
 
 
 async def _count(store: Store) -> Mapping[TaskStatus, int]:
@@ -5930,6 +5998,16 @@ def _extension(scope: Scope, name: str) -> Mapping[str, Callable[..., Any]]:
     """What the server offers by that name: nothing, where it is another server."""
     offered: Mapping[str, Callable[..., Any]] = scope.get("extensions", {}).get(name, {})
     return offered
+
+
+async def cut_off(scope: Scope, receive: Receive) -> None:
+    """Ends a connection in the middle of an answer, where the server offers that."""
+    abort = _extension(scope, ABORT).get("abort")
+    if abort is not None:
+        abort()
+        with anyio.move_on_after(1):  # until the server sees it, and misses no answer
+            while (await receive())["type"] != "http.disconnect":
+                pass
 
 
 class EventStream(StreamingResponse):
@@ -6166,10 +6244,7 @@ class Guard:
         try:
             await answer(scope, receive, send_in_time)
         except SlowClient:  # nothing can be said any more
-            abort = _extension(scope, ABORT).get("abort")
-            if abort is not None:
-                abort()
-                await anyio.lowlevel.checkpoint()  # the server sees it, and misses no answer
+            await cut_off(scope, receive)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -6179,6 +6254,12 @@ class Guard:
             raise
         except StreamerError as error:
             await error_response(error)(scope, receive, send)
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+            logger.warning("request path=%s error=%r", ascii(scope["path"]), str(error))
+            why = f"the server cannot open or write a file now: {error.strerror}; try again later"
+            await error_response(OutOfResources(why))(scope, receive, send)
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
@@ -6300,6 +6381,8 @@ class AbortProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > 1.1 * (self.limit_concurrency or 0):
+            transport.abort()  # beyond the limit it is not even told so: descriptors run out
         self._unparsed = 0  # bytes since the last head, or the last part of a body, was complete
         self._answered: Any = None  # the request that was answered when it was last looked at
         self._look_later()
@@ -6343,16 +6426,34 @@ class AbortProtocol(HttpToolsProtocol):
         super().on_body(body)
 
 
-def descriptors(wanted: int) -> int:
-    """How many files and connections this process may open: `wanted`, if the system lets it."""
+BASE_FILES = 24  # descriptors of a process that serves nobody
+RUN_FILES = 20  # of a run: pipes of git, connections to its model
+CONNECTION_FILES = 2  # of a client: its connection, and the file that it downloads
+
+
+def room(runs: int, connections: int) -> tuple[int, int]:
+    """How many runs and connections there are descriptors for: as many as are asked for, if the
+    system lets this process open so many files. Raises SettingsError where there is no room.
+    """
     unlimited = resource.RLIM_INFINITY
+    needed = BASE_FILES + RUN_FILES * runs + CONNECTION_FILES * connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != unlimited and soft < wanted:
-        more = wanted if hard == unlimited else min(wanted, hard)
+    if soft != unlimited and soft < needed:
+        more = needed if hard == unlimited else min(needed, hard)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return wanted if soft == unlimited else soft
+    if soft == unlimited or soft >= needed:
+        return runs, connections
+    asked = f"{runs} runs (max_running) and {connections} connections need {needed}"
+    free = soft - BASE_FILES
+    if free < 2 * RUN_FILES:
+        raise SettingsError(f"`ulimit -n` is {soft}, too few to serve anything; {asked}")
+    runs = min(runs, max(1, free // 2 // RUN_FILES))
+    connections = (free - RUN_FILES * runs) // CONNECTION_FILES
+    text = "`ulimit -n` is %d, so that it serves %d runs and %d connections at once; %s"
+    logger.warning(text, soft, runs, connections, asked)
+    return runs, connections
 
 
 class Server(uvicorn.Server):
@@ -6360,9 +6461,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self.supervisor: Supervisor = app.state.supervisor
-        room = descriptors(settings.max_sockets + 1200) - 200  # for files, and for the store
-        if room < settings.max_sockets:
-            logger.warning("max_sockets=%d room=%d: raise `ulimit -n`", settings.max_sockets, room)
+        runs, connections = room(settings.max_running, settings.max_sockets + 1000)
+        self.supervisor.engine.limit(runs)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -6370,7 +6470,7 @@ class Server(uvicorn.Server):
             http=AbortProtocol,
             ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
-            limit_concurrency=min(settings.max_sockets + 1000, room),  # connections
+            limit_concurrency=connections,
             ws_per_message_deflate=False,
             log_config=None,
             access_log=False,

@@ -5590,6 +5590,79 @@ def test_artifacts_stay_inside_the_workspace(tmp_path: Path) -> None:
             assert "secret" not in response.text.replace(path, "").replace("secret.txt", "")
 
 
+def test_artifacts_of_any_name_and_time(tmp_path: Path) -> None:
+    """A file is listed, fetched and zipped, or none of it; where the file system keeps any time."""
+    times = {"ok.txt": 10**9, "old.txt": -(10**12), "1969.txt": -1, "2108.txt": 4354819200}
+    times["late.txt"] = 10**12
+
+    def runner(run: Run) -> None:
+        for name in ("line\nbreak", "\x1b[2J", "no \udcff UTF-8"):
+            (run.workspace / name).mkdir(parents=True)
+            (run.workspace / name / "x.txt").write_text("x")
+            (run.workspace / f"{name}.txt").write_text("x")
+        (run.workspace / "link.txt").symlink_to("ok.txt")
+        for name, seconds in times.items():
+            (run.workspace / name).write_text(name)
+            os.utime(run.workspace / name, (seconds, seconds))
+        run.report_files()
+
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # which keeps 64 bits of a time
+    with (
+        tempfile.TemporaryDirectory(dir=memory) as workspace,
+        live(runner, Path(workspace)) as client,
+    ):
+        record = client.watch(client.create())
+        base = f"/api/tasks/{record.task_id}/artifacts"
+        written = sorted(times)
+        assert [event["payload"]["path"] for event in record.of("ARTIFACT")] == written
+        files = {file["path"]: file["modified"] for file in client.get(base)}
+        assert sorted(files) == written
+        assert files["1969.txt"] == "1969-12-31T23:59:59.000Z"
+        for name in written:
+            assert client.http.get(f"{base}/{name}").text == name
+        for name in ("line%0Abreak.txt", "link.txt", "no%20%FF%20UTF-8.txt"):
+            assert client.http.get(f"{base}/{name}").status_code == 404
+        (tmp_path / "all.zip").write_bytes(client.http.get(f"{base}.zip").content)
+        with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+            years = {entry.filename: entry.date_time[0] for entry in archive.infolist()}
+        assert sorted(years) == written
+        assert (years["1969.txt"], years["ok.txt"], years["2108.txt"]) == (1980, 2001, 2107)
+        before = len(os.listdir("/dev/fd"))
+        assert client.http.get(f"{base}/").status_code == 404  # a folder
+        assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize(("change", "whole"), [(1, True), (-1, False), (-(16 << 20), False)])
+def test_file_that_changes_while_it_is_downloaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: int, whole: bool
+) -> None:
+    """What is sent is what was there at the start; where that is gone the client is cut off."""
+    size = 16 << 20
+    content = random.Random(5).randbytes(size)
+
+    def runner(run: Run) -> None:
+        run.workspace.mkdir()
+        (run.workspace / "large.bin").write_bytes(content)
+
+    with live(runner, tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        path = f"/api/tasks/{task_id}/artifacts/large.bin"
+        with raw_socket(client) as stalled:
+            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            stalled.sendall(head.encode())
+            received = stalled.recv(65536)
+            with (tmp_path / task_id / "large.bin").open("r+b") as file:
+                file.truncate(size + change)
+            answer, _, body = (received + read_to_end(stalled)).partition(b"\r\n\r\n")
+        assert f"content-length: {size}".encode() in answer
+        assert content.startswith(body)
+        assert (len(body) == size) == whole
+    says = f"download path='{path}' cut='the file became shorter while it was read; try again'"
+    messages = [record.getMessage() for record in caplog.records if record.levelno > 20]
+    assert messages == ([] if whole else [says])
+
+
 def test_zip_holds_the_workspace_in_bounded_memory(tmp_path: Path) -> None:
     """Every visible file, byte for byte, no link; 16 MB pass through without staying.
 
@@ -6116,6 +6189,74 @@ def test_connections_beyond_the_limit_are_refused(tmp_path: Path) -> None:
         for sock in kept:
             sock.close()
         assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+@contextlib.contextmanager
+def without_descriptors(pid: int = 0) -> Iterator[None]:
+    """The process can open nothing meanwhile; what it has open works on."""
+    before = resource.prlimit(
+        pid, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_files_are_not_gone_where_no_descriptor_is_left(tmp_path: Path) -> None:
+    """Out of resources is 503, and no event of a run."""
+    with process("-c", QUICK, "--test-mode", "--port", "0", cwd=tmp_path) as server:
+        client = server.client
+        task_id = client.watch(client.create()).task_id
+        base = f"/api/tasks/{task_id}/artifacts"
+        for path in (base, f"{base}/docs/prd.md", f"{base}.zip"):
+            with without_descriptors(server.popen.pid):
+                response = client.http.get(path)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (503, "out_of_resources")
+            assert "Too many open files" in error["message"]
+            assert client.http.get(path).status_code == 200
+    run = Run(make_task(), Settings(workspace=tmp_path))
+    run.workspace.mkdir()
+    (run.workspace / "a.txt").write_text("a")
+    assert run.report_files() == ["a.txt"]
+    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        run.report_files()
+    assert run.report_files() == ["a.txt"]
+    assert len(run.outbox.take()) == 1
+
+
+LIMITED = """
+import resource, sys, streamer
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+sys.exit(streamer.main())
+"""
+
+
+def test_few_descriptors_serve_what_there_is_room_for(tmp_path: Path) -> None:
+    """It says how much that is, and keeps to it; connections beyond it cost no descriptor."""
+    command = ("-c", LIMITED, "64", "--test-mode", "--port", "0", "--db", "x.db")
+    with process(*command, cwd=tmp_path) as server:
+        client = server.client
+        says = "`ulimit -n` is 64, so that it serves 1 runs and 10 connections at once; "
+        says += "4 runs (max_running) and 2000 connections need 4104"
+        assert says in server.errors[0]
+        tasks = [client.create() for _ in range(2)]
+        for task_id in tasks:
+            assert client.post(f"/api/tasks/{task_id}/run").status_code == 202
+        health = client.get("/healthz")
+        assert (health["running"], health["waiting"]) == (1, 1)
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(raw_request(client, b"")) for _ in range(60)]
+            assert read_to_end(idle[-1]) == b""
+            assert client.http.get("/healthz").status_code == 503
+        wait_until(lambda: client.http.get("/healthz").status_code == 200)
+        for task_id in tasks:
+            assert client.watch(task_id).last_state["status"] == "SUCCEEDED"
+    with process("-c", LIMITED, "40", "--test-mode", "--port", "0", cwd=tmp_path) as server:
+        assert server.wait() == 2
+    assert "`ulimit -n` is 40, too few to serve anything; 4 runs" in server.errors[-1]
 
 
 def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
