@@ -143,6 +143,7 @@ try:
     import anyio.abc
     import anyio.lowlevel
     import anyio.to_thread
+    import httptools
     import uvicorn
     from starlette.applications import Starlette
     from starlette.datastructures import MutableHeaders, QueryParams
@@ -158,7 +159,7 @@ try:
         Response,
         StreamingResponse,
     )
-    from starlette.routing import Route, WebSocketRoute
+    from starlette.routing import Match, Route, WebSocketRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -227,7 +228,7 @@ class Settings:
     max_running: int = _setting(4, "tasks that run at once", low=1, group="Limits")
     max_waiting: int = _setting(100, "started tasks that wait for a free slot", low=0)
     max_tasks: int = _setting(
-        1000, "tasks kept; beyond it the oldest ended ones are forgotten", low=1
+        1000, "tasks kept; beyond it the oldest that do not run are forgotten", low=1
     )
     max_events: int = _setting(
         20000, "events kept of a task; beyond it the oldest are dropped", low=10
@@ -317,10 +318,11 @@ class Settings:
     ) -> Settings:
         """Reads `environ`, by default os.environ; a flag that is not None wins.
 
-        An empty variable is one that is not set; one that is no setting is warned of.
-        Raises SettingsError.
+        An empty variable is one that is not set; one that is no setting is warned of, unless it is
+        Kubernetes'. Raises SettingsError.
         """
-        environ = os.environ if environ is None else environ
+        given = os.environ if environ is None else environ
+        environ = {k: v for k, v in given.items() if not KUBERNETES.fullmatch(f"{k}={v}")}
         kinds = get_type_hints(cls)
         variables = {name: f"STREAMER_{name.upper()}" for name in kinds}
         for variable in environ:
@@ -386,6 +388,10 @@ PARSED_FROM: Mapping[Any, str] = {  # what a setting's text must be, by its type
 }
 
 
+# What Kubernetes sets for a Service named streamer, or streamer-…, as STREAMER_PORT=tcp://10.0.0.1.
+KUBERNETES = re.compile(
+    r"STREAMER_(\w+_)?(SERVICE_(HOST|PORT)\w*=.*|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)\w*=.*)"
+)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -402,7 +408,7 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
 
 def parse_host(text: str) -> tuple[str, int | None] | None:
     """RFC 9110, 7.2: the host of a Host header, without brackets, and its port."""
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", text.lower())
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{0,5}))?", text.lower())
     if found is None:
         return None
     return found[1].strip("[]"), int(found[2]) if found[2] else None
@@ -1082,9 +1088,18 @@ class Store(abc.ABC):
         why = "never created here, deleted, or forgotten since"
         return TaskNotFound(f"task {quoted(task_id)} not found: {why}")
 
-    def _too_many(self) -> TooManyTasks:
-        limit = f"{self._settings.max_tasks} tasks have not ended, the limit (max_tasks)"
-        return TooManyTasks(f"{limit}; run or delete some")
+    def _to_forget(
+        self, excess: int, ended: Sequence[str], unstarted: Sequence[str]
+    ) -> Sequence[str]:
+        """The oldest; tasks that nobody starts go first where they are more than half of all, so
+        that they push out no results. Raises TooManyTasks.
+        """
+        limit = self._settings.max_tasks
+        many = max(0, len(unstarted) - limit // 2)
+        idle = [*unstarted[:many], *ended, *unstarted[many:]]
+        if len(idle) < excess:
+            raise TooManyTasks(f"{limit} tasks run or wait, the limit (max_tasks); delete some")
+        return idle[:excess]
 
 
 # -----------------------------------------------------------------------------
@@ -1105,11 +1120,13 @@ class MemoryStore(Store):
         async with self._changing:
             if task.id in self._records:
                 raise TaskExists(f"task {task.id} exists")
-            excess = max(0, len(self._records) + 1 - self._settings.max_tasks)
-            ended = (id for id, record in self._records.items() if record.task.status in ENDED)
-            forgotten = list(islice(ended, excess))
-            if len(forgotten) < excess:
-                raise self._too_many()
+            excess = len(self._records) + 1 - self._settings.max_tasks
+            forgotten: Sequence[str] = []
+            if excess > 0:
+                idle = self._idle()
+                ended = [task.id for task in idle if task.status in ENDED]
+                unstarted = [task.id for task in idle if task.status is TaskStatus.PENDING]
+                forgotten = self._to_forget(excess, ended, unstarted)
             await self._change(Record(task, TaskState(task_id=task.id)), forgotten=forgotten)
             return forgotten
 
@@ -1163,13 +1180,16 @@ class MemoryStore(Store):
     async def sweep(self) -> Sweep:
         oldest = now(time.time() - self._settings.max_age)
         async with self._changing:
-            idle = [record.task for id, record in self._records.items() if id not in self._claims]
+            idle = self._idle()
             orphans = [task.id for task in idle if task.status is TaskStatus.RUNNING]
             old = [task for task in idle if task.updated_at < oldest]
             expired = [task.id for task in old if task.status is not TaskStatus.RUNNING]
             if expired:
                 await self._change(forgotten=expired)
         return Sweep(orphans, expired)
+
+    def _idle(self) -> list[Task]:
+        return [record.task for id, record in self._records.items() if id not in self._claims]
 
     async def _change(
         self,
@@ -1747,19 +1767,22 @@ class RedisStore(Store):
             pipe.expire(key, self._max_age)
             return forgotten
 
-        return await self._link.changed(create, key, self.TASKS)
+        return await self._link.changed(create, key, self.TASKS, self.CLAIMED)
 
     async def _make_room(self, pipe: Any) -> Sequence[str]:
-        """The oldest ended tasks, as many as there are too many with one more."""
+        """The oldest tasks that do not run, as many as there are too many with one more."""
         excess = await pipe.zcard(self.TASKS) + 1 - self._settings.max_tasks
+        if excess <= 0:
+            return []
         ended: list[tuple[float, str]] = []
-        for status in ENDED if excess > 0 else ():
+        for status in ENDED:
             key = f"{self.TASKS}:{status}"
             oldest = await pipe.zrange(key, 0, excess - 1, withscores=True)
             ended += [(created, task_id) for task_id, created in oldest]
-        if len(ended) < excess:
-            raise self._too_many()
-        return [task_id for _, task_id in sorted(ended)[: max(0, excess)]]
+        claimed = await pipe.smembers(self.CLAIMED)
+        pending = await pipe.zrange(f"{self.TASKS}:{TaskStatus.PENDING}", 0, -1)
+        unstarted = [task_id for task_id in pending if task_id not in claimed]
+        return self._to_forget(excess, [task_id for _, task_id in sorted(ended)], unstarted)
 
     async def load(self, task_id: str) -> Record:
         (task, state), oldest = await self._link.pipelined(
@@ -2006,6 +2029,7 @@ class Delivery(NamedTuple):
 
     events: Batch
     state: str | None
+    cursor: str = ""  # an SSE id: one who gets some types of events resumes from his last state
 
     @property
     def frames(self) -> bytes:
@@ -2017,7 +2041,8 @@ class Delivery(NamedTuple):
 
     @property
     def server_sent(self) -> str:
-        return self.events.server_sent + (f"data: {self.state}\n\n" if self.state else "")
+        state = f"{self.cursor}data: {self.state}\n\n" if self.state else ""
+        return self.events.server_sent + state
 
 
 NO_EVENTS = Batch()
@@ -2331,7 +2356,7 @@ class Subscription:
         if events or state:
             self.delivered += len(events)
             self._last_sent = self._loop.time()
-        return Delivery(events, state)
+        return Delivery(events, state, "" if self.types is None else f"id: {self.cursor}\n")
 
     def _handed_over(self) -> Batch:
         """The next batch, where it follows the cursor; what the log gave already is passed over."""
@@ -4301,7 +4326,7 @@ def _mend_git_lock(engine: types.SimpleNamespace) -> None:
     for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
         _patch(engine.GitRepository, name, locked)
     # Where Python looks for modules in the current folder, that must not become the model's.
-    sys.path[:] = [folder or os.getcwd() for folder in sys.path]
+    sys.path[:] = map(os.path.abspath, sys.path)
 
 
 def _mend_git_environ(engine: types.SimpleNamespace) -> None:
@@ -5213,6 +5238,7 @@ class Supervisor:
         self._active: dict[str, Execution] = {}
         self._untold: dict[str, str] = {}  # how a run ended, where that could not be stored
         self._deleting: set[str] = set()
+        self._restarting = 0  # ended tasks that are about to be active
         self._client_left = anyio.Event()
         self._closing = False
         self._group: anyio.abc.TaskGroup
@@ -5358,8 +5384,12 @@ class Supervisor:
         try:
             self._check_room(broker.task.id)
             if broker.ended:
-                await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
-                self._check_room(broker.task.id)  # others may have come meanwhile
+                self._restarting += 1
+                try:
+                    await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
+                finally:
+                    self._restarting -= 1
+                self._check_room(broker.task.id)  # it may be deleted meanwhile
         except StreamerError:
             await broker.let_go()
             self._follow(broker)
@@ -5371,7 +5401,8 @@ class Supervisor:
         self._refuse_if_closing()
         if task_id in self._deleting:
             raise TaskNotFound(f"task {task_id} not found: it is being deleted")
-        if len(self._active) >= self.settings.max_running + self.settings.max_waiting:
+        started = len(self._active) + self._restarting
+        if started >= self.settings.max_running + self.settings.max_waiting:
             limit = f"{self.waiting} tasks wait for a slot, as many as max_waiting allows"
             raise TooManyTasks(f"{limit}; try again later")
 
@@ -5596,12 +5627,19 @@ def check_access(connection: HTTPConnection) -> None:
 def _check_host(connection: HTTPConnection, settings: Settings) -> tuple[str, int | None]:
     hosts = connection.headers.getlist("host")
     host = parse_host(hosts[0]) if len(hosts) == 1 else None
+    if _path(connection) == "/healthz":  # Kubernetes asks by an address that nobody knows before
+        return host or ("", None)
     if host is None or not (is_loopback(host[0]) or host[0] in settings.names):
         name = quoted(", ".join(hosts))
         raise MisdirectedRequest(
             f"Host {name} is not a name of this service; allowed_hosts names them"
         )
     return host
+
+
+def _path(connection: HTTPConnection) -> str:
+    path: str = connection.scope["path"]
+    return path.removeprefix(connection.scope.get("root_path", ""))
 
 
 def _check_origin(
@@ -5618,12 +5656,13 @@ def _check_origin(
 
 
 def _check_token(connection: HTTPConnection, token: str) -> None:
-    path = connection.scope["path"].removeprefix(connection.scope.get("root_path", ""))
+    path = _path(connection)
     if path in ("/", "/healthz"):
         return
     scheme, _, given = connection.headers.get("authorization", "").partition(" ")
     # A browser opens sockets and event streams without a header.
-    opened = connection.scope["type"] == "websocket" or path.endswith("/events")
+    opened = connection.scope["type"] == "websocket"
+    opened = opened or re.fullmatch("/api/tasks/[^/]+/events", path) is not None
     if opened and "token" in connection.query_params:
         scheme = "bearer"
         given = connection.query_params["token"]
@@ -5773,7 +5812,7 @@ async def get_events(request: Request) -> Response:
 def _cursor(request: Request) -> int:
     """The last event a client has: the header with which an EventSource resumes wins."""
     resume = request.headers.get("last-event-id")
-    if resume is None:
+    if not resume:
         return _whole(request.query_params, "after", 0)
     return _whole(QueryParams({"after": resume}), "after", 0)
 
@@ -5784,7 +5823,7 @@ async def _stream_events(request: Request) -> Response:
     types = _types(request.query_params)
     after = _cursor(request)
     state = await supervisor.state(task_id)
-    resumes = "last-event-id" in request.headers
+    resumes = request.headers.get("last-event-id")
     if resumes and state.status in ENDED and after >= state.last_event_id:
         return Response(status_code=204)  # which keeps an EventSource from connecting again
     if request.method == "HEAD":
@@ -6017,7 +6056,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, watching: contextlib.AbstractAsyncContextManager[Subscription]) -> None:
         self._watching = watching
-        super().__init__((), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__((), headers={"X-Accel-Buffering": "no"})
 
     async def stream_response(self, send: Send) -> None:
         async with self._watching as subscription:
@@ -6055,7 +6094,8 @@ class SocketStream:
             check_access(HTTPConnection(self._websocket.scope))
         except StreamerError as error:
             refusal = error
-        await self._websocket.accept()
+        # A browser ends a connection where it offered subprotocols, and none was chosen.
+        await self._websocket.accept(next(iter(self._websocket.scope["subprotocols"]), None))
         try:
             if refusal is not None:
                 raise refusal
@@ -6179,7 +6219,11 @@ ROUTES = [
 # -----------------------------------------------------------------------------
 
 
-SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+SAFE_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 def error_response(error: StreamerError) -> Response:
@@ -6197,7 +6241,12 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     code = error.detail.lower().replace(" ", "_")
     message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
     answer = {"error": {"code": code, "message": message}}
-    return JSONLine(answer, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route of several
+        found = [each for each in ROUTES if each.matches(request.scope)[0] is not Match.NONE]
+        allowed = {name for each in found if isinstance(each, Route) for name in each.methods or ()}
+        headers["Allow"] = ", ".join(sorted(allowed))
+    return JSONLine(answer, error.status_code, headers)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
@@ -6322,7 +6371,28 @@ class FrameProtocol(WebSocketsSansIOProtocol):
     `write` writes frames without waiting, or returns False where the client is behind or gone. A
     `websocket.send` message may hold `frames`, and waits as usual. `close_then_abort` ends a client
     that does not read: it gets some seconds to take what is on its way, then it is cut off.
+
+    What comes is parsed in slices: a message waits until those before it are taken, and a client
+    whose frames are no messages is cut off.
     """
+
+    SLICE = 512  # bytes; the smallest frame has 6
+    MAX_FRAMES = 1000  # in ten seconds, of pings and parts of messages
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._unparsed = bytearray()
+        self._frames = 0
+        self._frames_since = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        self._unparsed += data
+        while self._unparsed and not self.read_paused and not self.transport.is_closing():
+            piece = bytes(self._unparsed[: self.SLICE])
+            del self._unparsed[: self.SLICE]
+            super().data_received(piece)
+        if not self.read_paused:
+            self.transport.resume_reading()
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
@@ -6330,15 +6400,31 @@ class FrameProtocol(WebSocketsSansIOProtocol):
             offer: Any = {"write": self.write, "close_then_abort": self.close_then_abort}
             self.scope["extensions"][FRAMES] = offer
 
+    def handle_events(self) -> None:
+        if self.loop.time() > self._frames_since + 10:
+            self._frames = 0
+            self._frames_since = self.loop.time()
+        self._frames += len(self.conn.events)
+        super().handle_events()
+        if self._frames > self.MAX_FRAMES:
+            self._break_off(1008, "too many pings, or parts of a message")
+
     def send_receive_event_to_app(self) -> None:
+        if not self.close_sent:
+            self._frames -= 1
         try:
             if self.curr_msg_data_type == "text":
                 b"".join(self.frames).decode()
             super().send_receive_event_to_app()
         except UnicodeDecodeError:  # uvicorn would log a traceback
-            if self.conn.state is State.OPEN:
-                self.conn.send_close(1007, "invalid UTF-8")
-                self.handle_parser_exception()
+            self._break_off(1007, "invalid UTF-8")
+
+    def _break_off(self, code: int, reason: str) -> None:
+        if self.conn.state is State.OPEN:
+            self.conn.send_close(code, reason)
+            self.handle_parser_exception()
+        else:
+            self.transport.abort()
 
     def write(self, frames: bytes) -> bool:
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
@@ -6352,6 +6438,19 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         self.transport.close()
         self.loop.call_later(seconds, self.transport.abort)
 
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        if not self.disconnected:  # one that never reads would keep its connection
+            self.loop.call_later(2 * self.close_timeout, self.transport.abort)
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self._unparsed and not self.read_paused:
+            self.transport.pause_reading()
+            await asyncio.sleep(0)  # others get a turn
+            self.data_received(b"")
+        return message
+
     async def send(self, message: Any) -> None:
         if "frames" in message:
             await self.writable.wait()
@@ -6360,22 +6459,28 @@ class FrameProtocol(WebSocketsSansIOProtocol):
             if not self.close_sent:
                 self.transport.write(message["frames"])
             return
-        if message["type"] == "websocket.close":  # one that never reads would keep its connection
-            self.loop.call_later(2 * self.close_timeout, self.transport.abort)
         if self.close_sent:  # the client broke the protocol meanwhile
             raise ClientDisconnected
+        if message["type"] == "websocket.close" and message.get("code") != 1000:
+            self.close_timeout = 1.0  # seconds that a client which was refused may take
         await super().send(message)
         if message["type"] == "websocket.accept":  # an idle connection keeps no headers
             del self.request, self.response
             self.scope["headers"] = []
+        elif message["type"] == "websocket.close":
+            self.data_received(b"")
 
 
 class AbortProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which also lets an answer abort its connection, where the client does not
     read: the ASGI extension `streamer.abort`. It aborts by itself where what a client sends does
     not come to an end: a head in bytes, a request in time.
+
+    What comes is parsed in slices, and not while a request waits for the answer to one before it.
+    An offer to speak another protocol is passed over, and HTTP/1.0 gets no chunks.
     """
 
+    SLICE = 1024  # bytes; the smallest request has 18
     MAX_HEAD = 65536  # bytes between a request's start and the end of its head
     PATIENCE = 20.0  # seconds a connection may be neither answered nor come to its next request
 
@@ -6383,7 +6488,10 @@ class AbortProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > 1.1 * (self.limit_concurrency or 0):
             transport.abort()  # beyond the limit it is not even told so: descriptors run out
-        self._unparsed = 0  # bytes since the last head, or the last part of a body, was complete
+        self._unparsed = bytearray()
+        self._head_size = 0  # since the last head, or the last part of a body, was complete
+        self._head_again = b""  # of a request that offered to speak another protocol
+        self._answering: Any = None  # the request; uvicorn knows the one that came last
         self._answered: Any = None  # the request that was answered when it was last looked at
         self._look_later()
 
@@ -6404,26 +6512,85 @@ class AbortProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def handle_websocket_upgrade(self) -> None:
         self._timer.cancel()
         super().handle_websocket_upgrade()
 
     def data_received(self, data: bytes) -> None:
-        self._unparsed += len(data)
-        super().data_received(data)
-        if self._unparsed > self.MAX_HEAD:
+        self._unset_keepalive_if_required()
+        self._unparsed += data
+        while self._unparsed and not self.pipeline and not self.transport.is_closing():
+            piece = bytes(self._unparsed[: self.SLICE])
+            del self._unparsed[: self.SLICE]
+            self._parse(piece)
+        if len(self._unparsed) > self.MAX_HEAD:
+            self.transport.pause_reading()
+            self.flow.read_paused = False  # or it would read on for each request
+        elif self.pipeline or not self.flow.read_paused:
+            self.flow.read_paused = False  # so that a client is seen to go
+            self.transport.pause_reading()
+            self.loop.call_soon(self.transport.resume_reading)  # uvloop reads megabytes at once
+
+    def _parse(self, data: bytes) -> None:
+        self._head_size += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._should_upgrade():
+                self._unparsed.clear()
+                self.handle_websocket_upgrade()
+                return
+            self._unparsed[:0] = self._head_again + data[upgrade.args[0] :]
+            self._head_again = b""
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        if self._head_size > self.MAX_HEAD:
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._unparsed = 0
+        self._head_size = 0
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT" and not self._should_upgrade():
+            # RFC 9110, 7.8: a server may pass over it. The parser ends here, so the head is parsed
+            # again, without it.
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self._head_again = b"\r\n".join((*lines, b"", b""))
+            return
         super().on_headers_complete()
         extensions: Any = self.scope.setdefault("extensions", {})
         extensions[ABORT] = {"abort": self.transport.abort}
 
     def on_body(self, body: bytes) -> None:
-        self._unparsed = 0
+        self._head_size = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._head_again:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unparsed:
+            self.data_received(b"")
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        if cycle.scope["http_version"] == "1.0":
+            cycle.chunked_encoding = False
+            cycle.send = partial(send_unchunked, cycle, cycle.send)
+        super()._start_asgi_task(cycle, app)
+
+
+async def send_unchunked(cycle: Any, send: Send, message: Message) -> None:
+    """As HTTP/1.0 has it, where the end of the connection may be the end of an answer."""
+    cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)
 
 
 BASE_FILES = 24  # descriptors of a process that serves nobody

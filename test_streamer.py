@@ -30,6 +30,7 @@ import os
 import random
 import re
 import resource
+import select
 import selectors
 import shlex
 import shutil
@@ -936,6 +937,25 @@ def test_settings_tell_of_misspelt_variables(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_settings_pass_over_what_kubernetes_sets(caplog: pytest.LogCaptureFixture) -> None:
+    """For a Service named streamer, or streamer-redis; no other port that is a URL."""
+    environ = {
+        "STREAMER_PORT": "tcp://10.0.0.1:8000",
+        "STREAMER_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "STREAMER_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "STREAMER_SERVICE_HOST": "10.0.0.1",
+        "STREAMER_SERVICE_PORT": "8000",
+        "STREAMER_SERVICE_PORT_HTTP": "8000",
+        "STREAMER_REDIS_PORT": "tcp://10.0.0.2:6379",
+        "STREAMER_REDIS_SERVICE_PORT": "6379",
+    }
+    assert Settings.from_environ(environ) == Settings()
+    assert Settings.from_environ(environ, port="2").port == 2
+    assert caplog.records == []
+    with pytest.raises(streamer.SettingsError, match="STREAMER_PORT must be a whole number"):
+        Settings.from_environ({"STREAMER_PORT": "10.0.0.1:8000"})
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "complaint"),
     [
@@ -1257,12 +1277,15 @@ async def test_store_drops_the_oldest_events(stored: dict[str, Any]) -> None:
 
 @pytest.mark.anyio
 async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> None:
-    """Beyond max_tasks the oldest ended tasks go; tasks that have not ended never do."""
+    """Beyond max_tasks the oldest ended tasks go; tasks that run or wait never do."""
     async with opened(max_tasks=2, **stored) as store:
         await store.create(named("a"))
         await store.create(named("b"))
+        claims = [await claimed(store, task_id) for task_id in "ab"]
         with pytest.raises(streamer.TooManyTasks):
             await store.create(named("c"))
+        for claim in claims:
+            await claim.release()
         await finish(store, "a")
         assert await store.create(named("c")) == ["a"]
         assert [each.id for each in (await store.page(None, 0, 10))[0]] == ["c", "b"]
@@ -1270,6 +1293,21 @@ async def test_store_forgets_the_oldest_ended_tasks(stored: dict[str, Any]) -> N
         assert [each.id for each in (await store.page(TaskStatus.FAILED, 0, 10))[0]] == ["b"]
         assert await store.page(None, 1, 1) == ([(await store.load("b")).task], 2)
         assert await store.count() == {TaskStatus.PENDING: 1, TaskStatus.FAILED: 1}
+
+
+@pytest.mark.anyio
+async def test_store_forgets_tasks_that_nobody_starts(stored: dict[str, Any]) -> None:
+    """The oldest of them, where they are more than half of all tasks, else the oldest results."""
+    async with opened(max_tasks=4, **stored) as store:
+        for task_id in "abcd":
+            await store.create(named(task_id))
+        claim = await claimed(store, "a")
+        assert await store.create(named("e")) == ["b"]
+        await finish(store, "d")
+        assert await store.create(named("f")) == ["d"]
+        assert await store.create(named("g")) == ["c"]
+        assert [each.id for each in (await store.page(None, 0, 10))[0]] == ["g", "f", "e", "a"]
+        await claim.release()
 
 
 async def start_stored(store: streamer.Store, task_id: str) -> streamer.Claim:
@@ -4699,6 +4737,56 @@ def test_limits_of_tasks_and_clients(tmp_path: Path) -> None:
         gate.go.set()
 
 
+def at_once(count: int, call: Callable[[int], Any]) -> Counter[Any]:
+    """What so many calls, made at the same time, return."""
+    barrier = threading.Barrier(count)
+
+    def wait_and_call(number: int) -> Any:
+        barrier.wait(TIMEOUT)
+        return call(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return Counter(pool.map(wait_and_call, range(count)))
+
+
+def test_limits_hold_in_a_burst(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """Of 40 that come at once as many get in as the limits say: runs, restarts, and clients."""
+    gate = Gate()
+    limits: dict[str, Any] = {"max_running": 1, "max_waiting": 2, "max_sockets": 5, "lease": 60.0}
+
+    def start(number: int) -> int:
+        return client.post(f"/api/tasks/{tasks[number]}/run?restart=true").status_code
+
+    def watch(number: int) -> int:
+        if number % 2:
+            stream = raw_request(client, event_stream(tasks[number]))
+            opened.enter_context(stream)
+            return int(stream.recv(12)[-3:])
+        socket = opened.enter_context(client.socket(tasks[number], "start=false"))
+        first = json.loads(socket.recv(timeout=TIMEOUT))
+        return 200 if first["type"] == "connected" else 503
+
+    settings = {**stored, **limits, "max_tasks": 40}
+    with live(gate, tmp_path, **settings) as client, contextlib.ExitStack() as opened:
+        assert at_once(50, lambda number: len(client.create())) == {32: 50}
+        listed = client.get("/api/tasks?page_size=100")
+        assert listed["total"] == 40
+        tasks = [task["id"] for task in listed["items"]]
+        assert at_once(40, start) == {202: 3, 429: 37}
+        assert at_once(40, watch) == {200: 5, 503: 35}
+        gate.go.set()
+        wait_until(lambda: client.get("/healthz")["tasks"].get("SUCCEEDED") == 3)
+        gate.go.clear()
+        for task_id in tasks:
+            client.post(f"/api/tasks/{task_id}/cancel")
+        cancelled = client.get("/healthz")["tasks"]
+        assert cancelled == {"SUCCEEDED": 3, "CANCELLED": 37}
+        assert at_once(40, start) == {202: 3, 429: 34, 409: 3}
+        left = client.get("/healthz")["tasks"]
+        assert left["CANCELLED"] == 34
+        gate.go.set()
+
+
 # Faults that others were reported to have; ours must not have their kind
 
 
@@ -5027,10 +5115,12 @@ def masked(opcode: int, payload: bytes, final: bool = True) -> bytes:
 
 
 @contextlib.contextmanager
-def live_with_pings(runner: Any, workspace: Path, seconds: float) -> Iterator[Client]:
+def live_with(runner: Any, workspace: Path, **config: Any) -> Iterator[Client]:
+    """The service with something of uvicorn's configuration changed."""
     settings = Settings(workspace=workspace, test_mode=True, grace=5.0)
     server = streamer.Server(create_app(settings, runner=runner), settings)
-    server.config.ws_ping_interval = server.config.ws_ping_timeout = seconds
+    for name, value in config.items():
+        setattr(server.config, name, value)
     with serving(server, loopback()) as url:
         client = Client(url)
         with client.http:
@@ -5039,7 +5129,7 @@ def live_with_pings(runner: Any, workspace: Path, seconds: float) -> Iterator[Cl
 
 def test_client_that_vanished_is_dropped(tmp_path: Path) -> None:
     """No pong within two ping intervals: the connection is closed and its place is free."""
-    with live_with_pings(burst(1), tmp_path, 0.2) as client:
+    with live_with(burst(1), tmp_path, ws_ping_interval=0.2, ws_ping_timeout=0.2) as client:
         with raw_websocket(client, client.create(), 65536) as raw:
             read_to_end(raw)
         wait_until(lambda: client.get("/healthz")["clients"] == 0)
@@ -5053,7 +5143,7 @@ def test_busy_runner_drops_no_client(tmp_path: Path) -> None:
         while time.monotonic() < end:
             sum(range(1000))
 
-    with live_with_pings(compute, tmp_path, 0.5) as client:
+    with live_with(compute, tmp_path, ws_ping_interval=0.5, ws_ping_timeout=0.5) as client:
         record = client.watch(client.create())
         assert (record.last_state["status"], record.close_code) == ("SUCCEEDED", 1000)
 
@@ -5101,6 +5191,157 @@ def test_flood_of_messages_disturbs_nobody(tmp_path: Path) -> None:
             receive_until(witness, lambda message: message["type"] == "pong")
             gate.go.set()
             assert watched(witness).close_code == 1000
+
+
+EMPTY_FRAMES = {
+    "parts": masked(1, b"", False) + 1001 * masked(0, b"", False),
+    "pings": 1001 * masked(9, b"x" * 125),
+}
+
+
+@contextlib.contextmanager
+def sending(raw: socket.socket, data: bytes) -> Iterator[None]:
+    """Sends all of it while the test reads what is answered."""
+    sender = threading.Thread(target=raw.sendall, args=[data])
+    sender.start()
+    yield
+    sender.join(TIMEOUT)
+    assert not sender.is_alive()
+
+
+@pytest.mark.parametrize("flood", EMPTY_FRAMES)
+def test_flood_of_frames_without_a_message_is_cut_off(tmp_path: Path, flood: str) -> None:
+    """More than a thousand close a socket with 1008; one that was refused already is aborted."""
+    with live(burst(1), tmp_path) as client:
+        task_id = client.create()
+        with raw_websocket(client, task_id, 65536) as raw, sending(raw, EMPTY_FRAMES[flood]):
+            assert b"\x03\xf0too many pings" in read_to_end(raw)
+        with raw_websocket(client, "none", 65536) as raw, sending(raw, EMPTY_FRAMES[flood]):
+            assert b"\x88\x02\x11\x34" in read_to_end(raw)
+        wait_until(lambda: client.get("/healthz")["clients"] == 0)
+
+
+def test_messages_wait_unparsed_for_those_before_them(tmp_path: Path) -> None:
+    """Five thousand at once are each answered, and the server holds a slice of them at a time."""
+    waiting = [0]
+
+    class Protocol(streamer.FrameProtocol):
+        def handle_events(self) -> None:
+            super().handle_events()
+            waiting[0] = max(waiting[0], self.queue.qsize())
+
+    ping = masked(1, b'{"type":"ping"}')
+    with (
+        live_with(burst(1), tmp_path, ws=Protocol) as client,
+        raw_websocket(client, client.create(), 65536) as raw,
+        sending(raw, 5000 * ping),
+    ):
+        received = bytearray()
+        while received.count(b'"pong"') < 5000:
+            received += raw.recv(1 << 20)
+    assert 1 < waiting[0] <= streamer.FrameProtocol.SLICE // len(ping) + 2
+
+
+def test_refused_socket_that_does_not_close_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended before a connection that says nothing for five seconds."""
+    monkeypatch.setattr(streamer.AbortProtocol, "PATIENCE", 5.0)
+    with (
+        live(burst(1), tmp_path) as client,
+        raw_request(client, b"") as idle,
+        raw_websocket(client, "none", 65536) as raw,
+    ):
+        read_until(raw, b"\x11\x34")
+        ended, _, _ = select.select([raw, idle], [], [], TIMEOUT)
+        assert (ended, raw.recv(1)) == ([raw], b"")
+
+
+def event_stream(task_id: str, version: str = "1.1") -> bytes:
+    head = f"GET /api/tasks/{task_id}/events HTTP/{version}\r\nHost: localhost\r\n"
+    return f"{head}Accept: text/event-stream\r\n\r\n".encode()
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_stream_ends_with_its_client_whatever_waits_behind_it(
+    tmp_path: Path, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pipelined requests, few or many, hide no client that goes (uvicorn PR 2243)."""
+    with live_with(Gate(), tmp_path, loop=loop) as client:
+        task_id = client.create()
+        for behind in (b"", HEALTH, 30 * HEALTH, HEALTH[:20]):
+            with raw_request(client, event_stream(task_id) + behind) as raw:
+                read_until(raw, b'"state"')
+                assert client.get("/healthz")["clients"] == 1
+            wait_until(lambda: client.get("/healthz")["clients"] == 0)
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_pipelined_requests_wait_unparsed(tmp_path: Path, loop: str) -> None:
+    """Ten thousand behind a stream are each answered when it ends; few are parsed at a time."""
+    waiting = [0]
+
+    class Protocol(streamer.AbortProtocol):
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            waiting[0] = max(waiting[0], len(self.pipeline))
+
+    gate = Gate()
+    request = b"GET / HTTP/1.1\r\n\r\n"
+    with live_with(gate, tmp_path, http=Protocol, loop=loop) as client:
+        task_id = client.create()
+        client.post(f"/api/tasks/{task_id}/run")
+        last = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        requests = event_stream(task_id) + 10_000 * request + last
+        with raw_request(client, b"") as raw, sending(raw, requests):
+            read_until(raw, b'"before"')
+            gate.go.set()
+            answers = read_to_end(raw)
+    assert answers.count(b"HTTP/1.1 421 ") == 10_000
+    assert answers.count(b"HTTP/1.1 200 ") == 1
+    assert 0 < waiting[0] <= streamer.AbortProtocol.SLICE // len(request) + 1
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_offer_of_http_2_is_passed_over(tmp_path: Path, framing: str) -> None:
+    """A POST of Java's HttpClient, or of `curl --http2`, is one of HTTP/1.1 (uvicorn#2722)."""
+    body = b'{"input_prompt": "p"}'
+    head = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    if framing == "length":
+        head += b"Content-Length: %d\r\n\r\n" % len(body)
+    else:
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with live(burst(1), tmp_path) as client:
+        with raw_request(client, head) as sock:
+            sock.sendall(body + 3 * (head + body))
+            sock.sendall(HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            answers = read_to_end(sock)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", answers)
+        assert statuses == [b"201", b"201", b"201", b"201", b"200"]
+        connect = raw_answer(client, b"CONNECT / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connect.startswith(b"HTTP/1.1 405")
+
+
+def test_http_1_0_gets_no_chunks(tmp_path: Path) -> None:
+    """The end of the connection is the end of the stream."""
+    with live(burst(2), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        with raw_request(client, event_stream(task_id, "1.0")) as sock:
+            head, _, body = read_to_end(sock).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head
+        text = client.http.get(
+            f"/api/tasks/{task_id}/events", headers={"Accept": "text/event-stream"}
+        ).text
+        assert body.decode() == text
+        health = raw_answer(client, b"GET /healthz HTTP/1.0\r\n\r\n")  # as HAProxy asks
+        assert health.startswith(b"HTTP/1.1 200")
 
 
 # Servers of other kinds
@@ -5394,6 +5635,19 @@ def test_socket_refusals_are_readable(
     assert record.close_code == code
 
 
+def test_socket_chooses_an_offered_subprotocol(tmp_path: Path) -> None:
+    """The first, as a browser ends the connection where none is chosen; also to refuse it."""
+    with live(burst(1), tmp_path) as client:
+        url = client.url.replace("http", "ws", 1)
+        for task_id, code in ((client.create(), 1000), ("none", 4404)):
+            subprotocols: Any = ["graphql-ws", "chat"]
+            websocket = connect(
+                f"{url}/ws/tasks/{task_id}", subprotocols=subprotocols, open_timeout=TIMEOUT
+            )
+            assert websocket.subprotocol == "graphql-ws"
+            assert watched(websocket).close_code == code
+
+
 def test_socket_can_only_watch_filter_and_resume(tmp_path: Path) -> None:
     """start=false starts nothing, types= leaves out, after= resumes or says that it cannot."""
     with live(burst(5), tmp_path, heartbeat=0.05) as client:
@@ -5498,6 +5752,53 @@ def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
         assert re.findall(r"^id: (\d+)$", resumed.text, re.MULTILINE) == ["8"]
         assert client.http.get(path, headers={**accept, "Last-Event-ID": "8"}).status_code == 204
         assert client.http.get("/api/tasks/nope/events", headers=accept).status_code == 404
+
+
+def test_sse_of_some_types_comes_to_an_end(tmp_path: Path) -> None:
+    """A state says up to where the client has all that it wants, so that 204 ends it."""
+    with live(burst(5), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        path = f"/api/tasks/{task_id}/events?types=TASK_START,ARTIFACT"
+        accept = {"Accept": "text/event-stream"}
+        ids = re.findall(
+            r"^id: (\d+)\ndata: {\"type\":\"(\w+)", client.http.get(path, headers=accept).text, re.M
+        )
+        assert ids == [("0", "state"), ("1", "event"), ("8", "state")]
+        ended = client.http.get(path, headers={**accept, "Last-Event-ID": "8"})
+        assert (ended.status_code, ended.text) == (204, "")
+        for resume, first in (("", "0"), ("1", "1")):
+            text = client.http.get(path, headers={**accept, "Last-Event-ID": resume}).text
+            assert re.findall(r"^id: (\d+)$", text, re.M)[0] == first
+
+
+EVENT_SOURCE = """([url]) => new Promise((resolve) => {
+  const source = new EventSource(url);
+  const got = [];
+  source.onopen = () => got.push("open");
+  source.onmessage = ({data}) => {
+    const {type, data: {event_type}} = JSON.parse(data);
+    got.push(event_type || type);
+  };
+  source.onerror = () => {
+    got.push("error");
+    if (source.readyState === EventSource.CLOSED) resolve(got);
+  };
+})"""
+
+
+@pytest.mark.parametrize("types", ["", "RESULT", "ARTIFACT"])
+def test_browsers_event_source_stops_at_the_end(tmp_path: Path, chromium: Any, types: str) -> None:
+    """It connects again once, is told that no more will come, and gives up."""
+    with live(burst(0), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        chromium.goto(client.url)
+        url = f"{client.url}/api/tasks/{task_id}/events?types={types}"
+        got = chromium.evaluate(EVENT_SOURCE, [url])
+    events = {"": ["TASK_START", "RESULT", "TASK_COMPLETE"], "RESULT": ["RESULT"], "ARTIFACT": []}
+    ends = ["state", "error", "error"]
+    assert got == ["open", "connected", "state", *events[types], *ends]
 
 
 def test_sse_clients_that_leave_or_stall_are_let_go(
@@ -5860,11 +6161,16 @@ def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
             "a@127.0.0.1",
             "127.0.0.1/",
             "",
-            "localhost:",
         ):
             answer = raw_answer(client, f"GET /api/tasks HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             assert answer.startswith(b"HTTP/1.1 421"), host
+        named = raw_answer(client, b"GET /api/tasks HTTP/1.1\r\nHost: 127.0.0.1:\r\n\r\n")
+        assert named.startswith(b"HTTP/1.1 200")
         assert raw_answer(client, b"GET /api/tasks HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421")
+        probe = client.http.get("/healthz", headers={"Host": "10.244.0.5:8000"})  # of Kubernetes
+        assert (probe.status_code, probe.json()["status"]) == (200, "ok")
+        for headers in ({"Host": "evil.test", "Origin": "http://other.test"}, {"Origin": "null"}):
+            assert client.http.get("/healthz", headers=headers).status_code == 403
 
 
 def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
@@ -5891,7 +6197,8 @@ def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
         )
         assert created.status_code == 201
         task_id = created.json()["id"]
-        assert client.http.get(f"/api/tasks?token={TOKEN}").status_code == 401
+        for path in ("", f"/{task_id}/artifacts/events", f"/{task_id}/state/events", "/a/b/events"):
+            assert client.http.get(f"/api/tasks{path}?token={TOKEN}").status_code == 401
         assert client.http.get("/metrics").status_code == 401
         assert (
             client.http.get(f"/api/tasks/?token={TOKEN}", follow_redirects=False).status_code == 401
@@ -6072,12 +6379,26 @@ def test_answers_carry_their_headers_and_errors_tell_nothing(tmp_path: Path) -> 
     for answer in answers:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-store"
         if answer.status_code >= 400:
             assert set(answer.json()["error"]) == {"code", "message"}
             assert not re.search(
                 r"Traceback|KeyError|\.py|starlette|uvicorn|\d\.\d+\.\d", answer.text
             )
             assert str(HERE) not in answer.text
+
+
+def test_errors_405_name_all_methods(tmp_path: Path) -> None:
+    """Also where a path has several routes."""
+    with live(burst(1), tmp_path) as client:
+        for path, allowed in (
+            ("/api/tasks", "GET, HEAD, POST"),
+            ("/api/tasks/x", "DELETE, GET, HEAD"),
+            ("/api/tasks/x/run", "POST"),
+            ("/healthz", "GET, HEAD"),
+        ):
+            answer = client.http.put(path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
 
 
 def test_run_tests_needs_the_operators_word(tmp_path: Path) -> None:
