@@ -91,15 +91,19 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
+import select
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import stat
 import struct
+import subprocess
 import tempfile
 import textwrap
 import threading
@@ -162,6 +166,7 @@ try:
     from starlette.routing import Match, Route, WebSocketRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
+    from uvicorn.config import STARTUP_FAILURE
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     from uvicorn.protocols.utils import ClientDisconnected
     from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -4463,6 +4468,46 @@ def _mend_package_installs(engine: types.SimpleNamespace) -> None:
     engine.RunCode._install_dependencies = staticmethod(lambda working_directory, env: None)
 
 
+class _Program(subprocess.Popen[bytes]):
+    """A program of the team; whatever it has started ends with it, or with a cancel of the run.
+
+    That is its group of processes, and on Linux all that have its mark in their environment.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], **options: Any) -> None:
+        self._mark = uuid.uuid4().hex
+        self._over = False
+        environ = {**env, "STREAMER_PROGRAM": self._mark}
+        super().__init__(command, env=environ, start_new_session=True, **options)
+        speaker = _speaker.get()
+        if speaker is not None:
+            speaker.team.run.on_cancel(self.kill)
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[bytes, bytes]:
+        try:
+            return super().communicate(input, timeout or 1.0)  # of one that is ended, the rest
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        if self._over:  # its number may be another's by now
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._over = self.returncode is not None
+        for _ in range(3):  # one that is ended may have started another meanwhile
+            for folder in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    if self._mark.encode() in (folder / "environ").read_bytes():
+                        os.kill(int(folder.name), signal.SIGKILL)
+
+
+def _mend_programs(engine: types.SimpleNamespace) -> None:
+    """It waits for whoever has a program's output open, and leaves what a program has started."""
+    module = sys.modules[engine.RunCode.__module__]
+    module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": _Program})  # type: ignore[attr-defined]
+
+
 def _mend_token_counts(engine: types.SimpleNamespace) -> None:
     """It counts by tiktoken where an answer has no `usage`, which downloads its tables first."""
     engine.openai_api.count_output_tokens = lambda text, model: estimate_tokens(text)
@@ -4498,6 +4543,7 @@ def _mend(engine: types.SimpleNamespace) -> None:
     _mend_action_names(engine)
     _mend_shared_nodes(engine)
     _mend_package_installs(engine)
+    _mend_programs(engine)
     _mend_token_counts(engine)
     _mend_model_requests(engine)
 
@@ -4657,6 +4703,8 @@ def _hide_memory() -> None:
         ctypes.CDLL(None).prctl(set_dumpable, 0, 0, 0, 0)
 
 
+CLOSE_SECONDS = 2.0  # for the connections of a run that has ended
+
 # The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
 STAGES: Mapping[str, float] = {
     "PrepareDocuments": 0.02,
@@ -4734,21 +4782,19 @@ class _Team:
             rounds = max(rounds, 8)  # MetaGPT's own rule
         done = 0
         self.report_cost()
-        try:
-            self.team.run_project(self.run.prompt)
-            while done < rounds and not self.team.env.is_idle:
-                await self.team.env.run()
-                done += 1
-            # `is_idle` looks at messages of the last round, this at those a next one would find.
-            idle = not any([await role._observe() for role in self.roles])
-            self.team.env.archive()
-        finally:
-            for model in self.models:
-                close = getattr(model.aclient, "close", None)
-                if close is not None:
-                    await close()
+        self.team.run_project(self.run.prompt)
+        while done < rounds and not self.team.env.is_idle:
+            await self.team.env.run()
+            done += 1
+        # `is_idle` looks at messages of the last round, this at those a next one would find.
+        idle = not any([await role._observe() for role in self.roles])
+        self.team.env.archive()
         result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
         return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
+
+    async def close(self) -> None:
+        closes = [getattr(model.aclient, "close", None) for model in self.models]
+        await asyncio.gather(*(close() for close in closes if close is not None))
 
     async def _speaking(
         self, speaker: _Speaker, original: Callable[..., Awaitable[Any]], *args: Any
@@ -4903,13 +4949,34 @@ class _Team:
         return self.run.cost
 
 
+def _close(run: Run, runner: asyncio.Runner, team: _Team) -> None:
+    """Closes the team's connections and its loop; what never returns does not hold up the run."""
+
+    def close() -> None:
+        with runner:
+            runner.run(team.close())
+
+    outcomes = [Outcome(error=TimeoutError(f"it took more than {CLOSE_SECONDS:g} s"))]
+    thread = threading.Thread(target=lambda: outcomes.append(guarded(close)), daemon=True)
+    thread.start()
+    thread.join(CLOSE_SECONDS)
+    error = outcomes[-1].error
+    if error is not None:
+        message = f"a model's client could not be closed: {error_text(error)}"
+        run.emit(EventType.LOG, {"message": message, "level": "WARNING"})
+
+
 def run_metagpt(run: Run) -> Mapping[str, Any]:
     """The real team. Raises RunFailed with the reason for whatever ends it early (guarantee 7)."""
     engine = load_metagpt(run.workspace.parent)
     run.workspace.mkdir(parents=True, exist_ok=True)
     try:
-        with asyncio.Runner() as runner:
-            return runner.run(_Team(engine, run).work())
+        team = _Team(engine, run)
+        runner = asyncio.Runner()
+        try:
+            return runner.run(team.work())
+        finally:
+            _close(run, runner, team)
     except asyncio.CancelledError:
         run.check_cancelled()
         raise
@@ -6324,6 +6391,22 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [cors, guard]
 
 
+@contextlib.contextmanager
+def only_child(folder: Path) -> Iterator[None]:
+    """Raises SettingsError in the second process that a server has started to share its port."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".server-{os.getppid()}"
+    with path.open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "each of several processes (--workers) would have tasks of its own in memory"
+            advice = "leave it at one, or set redis_url, which they share"
+            raise SettingsError(f"{problem}: {advice}") from None
+        yield
+        path.unlink(missing_ok=True)
+
+
 def create_app(
     settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None
 ) -> Starlette:
@@ -6333,7 +6416,16 @@ def create_app(
     scripted team, the store what the settings say. Raises SettingsError, also where MetaGPT has
     no model.
     """
-    settings = settings or Settings.from_environ()
+    try:
+        return _create_app(settings or Settings.from_environ(), runner, store)
+    except SettingsError as error:
+        if settings is not None or multiprocessing.parent_process() is None:
+            raise
+        logger.error("%s", error)
+        sys.exit(STARTUP_FAILURE)  # else uvicorn starts its process again and again
+
+
+def _create_app(settings: Settings, runner: Runner | None, store: Store | None) -> Starlette:
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
     warm_up = None
     if runner is run_metagpt:
@@ -6351,7 +6443,12 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for name in ("uvicorn.error", "uvicorn.access"):  # both log addresses with their query
             logging.getLogger(name).addFilter(without_token)
-        async with supervisor.open():
+        server = os.environ.get("SERVER_SOFTWARE", "")
+        child = multiprocessing.parent_process() is not None or "gunicorn" in server
+        async with contextlib.AsyncExitStack() as stack:
+            if child and type(store) is MemoryStore:
+                stack.enter_context(only_child(settings.workspace))
+            await stack.enter_async_context(supervisor.open())
             yield
 
     app = Starlette(
@@ -6642,7 +6739,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, int(0.1 * settings.grace)),
+            timeout_graceful_shutdown=2 + int(0.1 * settings.grace),
         )
         super().__init__(config)
 
@@ -6650,7 +6747,14 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await self.supervisor.close()
+        seconds = max(1, 0.1 * self.supervisor.settings.grace)
+        asyncio.get_running_loop().call_later(seconds, self._cut_off)
         await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        """Ends requests that are not at their end, as a client does that leaves."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def startup(self, sockets: Any = None) -> None:
         """Says on stderr which address to open, once it is served."""
@@ -6661,7 +6765,8 @@ class Server(uvicorn.Server):
         if self.supervisor.settings.token:
             address += "/?token=…"
         mode = " in test mode, a scripted team" if self.supervisor.engine.mode == "test" else ""
-        print(f"streamer is at {address}{mode}; Ctrl-C stops it", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"streamer is at {address}{mode}; Ctrl-C stops it", file=sys.stderr, flush=True)
 
 
 def serve(app: Starlette, settings: Settings) -> None:
@@ -6687,14 +6792,55 @@ def listen(host: str, port: int) -> socket.socket:
         raise SettingsError(f"cannot listen on port {port} of {host}: {reason}") from None
 
 
+class LogThread(logging.Handler):
+    """Has a thread write the log to stderr, so that nobody waits for whoever reads it.
+
+    What does not fit into a pipe meanwhile is dropped; the next line says how much.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._copy, args=[reader], daemon=True)
+        self._thread.start()
+
+    def _copy(self, reader: int) -> None:
+        while data := os.read(reader, 65536):
+            while data:
+                select.select([], [2], [])  # it may be one that does not wait
+                data = data[os.write(2, data) :]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{self.format(record)}\n"
+        if self._dropped:
+            line = f"{self._dropped} lines of the log were dropped: nobody read them\n{line}"
+        data = line.encode(errors="backslashreplace")
+        try:
+            self._dropped = int(os.write(self._writer, data) < len(data))
+        except OSError:  # it is full, or closed
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Waits for what is not written yet, but not for a reader who does not come."""
+        writer = self._writer
+        self._writer = -1
+        os.close(writer)
+        self._thread.join(1.0)
+        super().close()
+
+
 def leave_threads(supervisor: Supervisor, code: int) -> None:
     """Ends the process where a thread that cannot be stopped would keep it.
 
-    That is an abandoned run, or MetaGPT's import.
+    That is an abandoned run, MetaGPT's import, or a print that nobody reads.
     """
-    if supervisor.abandoned or supervisor.engine.status == "loading":
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(1.0)
+    if flush.is_alive() or supervisor.abandoned or supervisor.engine.status == "loading":
         logging.shutdown()
-        sys.stdout.flush()
         os._exit(code)
 
 
@@ -6799,6 +6945,11 @@ def check_workspace(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code, which HELP explains."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # behind nohup it is ignored
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: whatever is opened next would be it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     # Python hides these warnings of libraries, but shows those about what a script calls.
     warnings.simplefilter("ignore", DeprecationWarning)
     if sys.version_info >= (3, 14):
@@ -6836,7 +6987,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(format=form, handlers=[LogThread()])
     logger.setLevel(logging.INFO)
     app = create_app(settings)
     serve(app, settings)
@@ -6858,36 +7010,40 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
     transcript = _Raw() if as_json else Transcript()
     if sys.stdout.isatty() and not as_json:
         transcript = Screen()
-    code = 1
     try:
         with transcript:
             status = anyio.run(_run_here, supervisor, prompt, options, transcript)
-            code = 0 if status is TaskStatus.SUCCEEDED else 1
-            sys.stdout.flush()
-    except (KeyboardInterrupt, OSError, BaseExceptionGroup) as error:
-        code = _exit_code_of(error)
+        code = 0 if status is TaskStatus.SUCCEEDED else 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        code = 130
+    with output_may_end():
+        sys.stdout.flush()
     leave_threads(supervisor, code)
     return code
 
 
-def _exit_code_of(error: BaseException) -> int:
-    """What Ctrl-C, or an output that takes no more, ends the command with; raises the rest."""
-    group = BaseExceptionGroup("", [error])
-    others = group.split((KeyboardInterrupt, OSError))[1]
-    if others is not None:
-        raise others
-    if group.subgroup(KeyboardInterrupt) is not None:
-        return 130
-    if group.subgroup(BrokenPipeError) is None:  # `run … | head` is no fault
-        print(f"streamer: the output cannot be written: {error}", file=sys.stderr)
-    # Nobody reads any more: the flush at exit must not fail.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+@contextlib.contextmanager
+def output_may_end() -> Iterator[None]:
+    """A task goes on where what is shown of it cannot be written any more."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `run … | head` is no fault
+            logger.warning("the output cannot be written: %s", error)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(nowhere, sys.stderr.fileno())
 
 
 async def _run_here(
     supervisor: Supervisor, prompt: str, options: Mapping[str, Any], transcript: Transcript
 ) -> TaskStatus:
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     async with supervisor.open():
         task, _ = await supervisor.submit(prompt, prompt[:80], options)
         try:
@@ -6895,12 +7051,15 @@ async def _run_here(
                 await supervisor.start(task.id)
                 async for delivery in subscription:
                     for message in delivery.messages:
-                        transcript.show(json.loads(message))
+                        with output_may_end():
+                            transcript.show(json.loads(message))
         except asyncio.CancelledError:
-            transcript.line("interrupted: the run is cancelled")
+            with output_may_end():
+                transcript.line("interrupted: the run is cancelled")
             raise
         finally:
-            transcript.end(supervisor.settings.workspace / task.id)
+            with output_may_end():
+                transcript.end(supervisor.settings.workspace / task.id)
         return subscription.broker.task.status
 
 

@@ -415,6 +415,30 @@ def choice(delta: Any, finish_reason: str | None = None) -> dict[str, Any]:
 MARKS = re.compile(r"\[(?:mark=\w+|task=[^\]\s]+|no usage|code=[^\]]+)\]")
 
 
+# What a model of some marks writes. The second leaves a process in its group that has no
+# environment, one in another session by way of a parent that ends, and may not end itself.
+LEAVES = """
+import os, subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
+left = [subprocess.Popen(sleep, env={{}}).pid]
+read, write = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    os.write(write, b"%d" % subprocess.Popen(sleep).pid)
+    os._exit(0)
+left.append(int(os.read(read, 100)))
+with open("left.tmp", "w") as file:
+    print(os.getpid(), *left, file=file)
+os.rename("left.tmp", "left.txt")
+{end}
+"""
+PROGRAMS = {
+    "environ": "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n",
+    "leaves": LEAVES.format(end=""),
+    "stays": LEAVES.format(end="time.sleep(1000)"),
+}
+
+
 class ModelServer:
     """An OpenAI-compatible API on loopback.
 
@@ -571,12 +595,7 @@ class ModelServer:
             return review + "## Code Review Result\nLGTM\n"
         if "[blank lines]" in prompt:
             return "```python\nimport os" + "\n" * 100_000
-        program = (
-            "import os; open('environ.txt', 'w').write(repr(dict(os.environ)))\n"
-            if mark == "environ"
-            else ""
-        )
-        return f"```python\nprint('[mark={mark}]')\n{program}```"
+        return f"```python\nprint('[mark={mark}]')\n{PROGRAMS.get(mark, '')}```"
 
 
 @contextlib.contextmanager
@@ -3819,6 +3838,34 @@ def test_metagpt_program_of_the_team_sees_no_key(
     assert [secret for secret in (KEY, *SECRETS.values()) if secret in text] == []
 
 
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that ended but was not waited for does not."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE)
+    return found.stdout.strip()[:1] not in (b"", b"Z")
+
+
+@pytest.mark.parametrize("mark", ["leaves", "stays"])
+def test_metagpt_programs_of_the_team_end_with_their_run(
+    metagpt: tuple[Client, ModelServer, Process], mark: str
+) -> None:
+    """With run_tests, what a test has started is ended with it, or with the cancel of the run."""
+    client, _, server = metagpt
+    options = {"run_tests": True, "n_round": 8}
+    watcher = client.follow(client.create(f"Build [mark={mark}]", options=options))
+    folder = server.cwd / "workspace" / watcher.task_id
+    found = wait_until(lambda: [*folder.glob("**/left.txt")])
+    if mark == "stays":
+        pids = [int(pid) for pid in found[0].read_text().split()]
+        assert [lives(pid) for pid in pids] == [True] * 3
+        client.post(f"/api/tasks/{watcher.task_id}/cancel")
+    watcher.join()
+    pids = [int(pid) for pid in found[0].read_text().split()]
+    assert [lives(pid) for pid in pids] == [False] * 3
+    ended = {"leaves": "TASK_COMPLETE", "stays": "TASK_CANCELLED"}[mark]
+    assert watcher.events[-1]["event_type"] == ended
+    assert client.get("/healthz")["abandoned"] == 0
+
+
 def test_memory_is_hidden_from_other_programs(tmp_path: Path) -> None:
     """Linux lets no program of the same user read what is not dumpable: /proc/…/environ, mem."""
     code = "import ctypes, streamer; streamer._hide_memory(); "
@@ -4110,7 +4157,7 @@ def test_metagpt_token_shows_while_the_model_pauses(
 
 
 SYNC_FILE_OPERATION = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 import streamer
 settings = streamer.Settings.from_environ(port="0", grace=sys.argv[1])
@@ -4123,6 +4170,8 @@ def archive(self, *args):
         time.sleep(0.02)
     return add(self, *args)
 engine.GitRepository.archive = archive
+import openai
+openai.AsyncOpenAI.close = lambda client: threading.Event().wait()
 streamer.logging.basicConfig(level="INFO")
 streamer.serve(streamer.create_app(settings), settings)
 """
@@ -4132,7 +4181,10 @@ streamer.serve(streamer.create_app(settings), settings)
 def test_metagpt_cancel_during_a_file_operation(
     tmp_path: Path, grace: float, abandoned: bool
 ) -> None:
-    """A thread in a synchronous operation is waited for `grace` seconds, then abandoned."""
+    """A thread in a synchronous operation is waited for `grace` seconds, then abandoned.
+
+    A model's client whose close() never returns does not hold up a run's end.
+    """
     with model_server() as (_, url):
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
         with process(
@@ -4148,6 +4200,11 @@ def test_metagpt_cancel_during_a_file_operation(
             assert watcher.last_state["status"] == "CANCELLED"
             assert ("was abandoned" in watcher.events[-1]["payload"]["message"]) is abandoned
             assert client.get("/healthz")["abandoned"] == abandoned
+            if not abandoned:
+                record = client.watch(client.create("[mark=close]", options={"implement": False}))
+                assert record.last_state["status"] == "SUCCEEDED"
+                message = "a model's client could not be closed: it took more than 2 s"
+                assert record.of("LOG")[-1]["payload"] == {"message": message, "level": "WARNING"}
 
 
 def test_metagpt_loads_while_the_server_answers(tmp_path: Path) -> None:
@@ -7191,12 +7248,53 @@ def test_uvicorn_factory_serves_it(tmp_path: Path) -> None:
         client.http.close()
 
 
+TWO_PROCESSES = ["-m", "uvicorn", "--factory", "streamer:create_app"]
+TWO_PROCESSES += ["--port", "0", "--workers", "2"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        (
+            "STREAMER_X",
+            "each of several processes (--workers) would have tasks of its own in memory",
+        ),
+        ("STREAMER_DB", "another streamer uses it; give each its own file, or all of them one"),
+    ],
+)
+def test_second_process_is_told_and_ends_all(tmp_path: Path, variable: str, reason: str) -> None:
+    """`uvicorn --workers 2` stops with the reason, and does not start its processes again."""
+    environ = {"STREAMER_TEST_MODE": "1", variable: "tasks.db"}
+    with process(*TWO_PROCESSES, cwd=tmp_path, environ=environ) as server:
+        assert server.wait() == 0  # uvicorn has it so
+    text = "".join(server.errors)
+    assert text.count(reason) == 1
+    assert text.count(", stopping the parent process.") == 1
+
+
+def test_processes_that_share_redis_are_one_service(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """Both of `uvicorn --workers 2` know every task."""
+    environ = {"STREAMER_TEST_MODE": "1", "STREAMER_REDIS_URL": redis_server.url + "/11"}
+    with process(*TWO_PROCESSES, cwd=tmp_path, environ=environ) as server:
+        ready = "Application startup complete."
+        wait_until(lambda: "".join(server.errors).count(ready) == 2)
+        url = re.findall(r"http://\S+", "".join(server.errors))[0]
+        ids = set()
+        for _ in range(20):  # each over a connection of its own, to either of them
+            client = Client(url)
+            with client.http:
+                ids.add(client.create())
+                assert {client.get(f"/api/tasks/{task_id}")["id"] for task_id in ids} == ids
+
+
 # -----------------------------------------------------------------------------
 # Application
 # -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_the_run_tell_the_clients_and_exit(
     tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -7222,6 +7320,78 @@ def test_signals_stop_the_run_tell_the_clients_and_exit(
     assert idle_record.close_code == 1001
     assert code == (0 if how is signal.SIGINT else -signal.SIGTERM)
     assert "Traceback" not in "".join(server.errors)
+
+
+IGNORING_HANGUPS = """
+import signal, sys, streamer
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(streamer.main())
+"""
+
+
+def test_shutdown_cuts_off_half_a_request(tmp_path: Path) -> None:
+    """Without a word in the log; and behind nohup a SIGHUP is no reason to shut down."""
+    command = ["-c", IGNORING_HANGUPS, "--test-mode", "--port", "0", "--grace", "1"]
+    with process(*command, cwd=tmp_path) as server:
+        server.client.create()
+        head = b"POST /api/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n"
+        head += b"Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n"
+        with raw_request(server.client, head) as sock:
+            read_until(sock, b"100 Continue")
+            server.popen.send_signal(signal.SIGHUP)
+            server.client.create()
+            assert server.stop() == -signal.SIGTERM
+            assert read_to_end(sock) == b""
+    lines = [line for line in server.errors if " INFO streamer " not in line]
+    assert len(lines) == 1  # its address
+
+
+# A server whose team logs 300 KB at once.
+TALKATIVE = """
+import sys, streamer
+def runner(run):
+    for _ in range(300):
+        streamer.logger.info("x" * 1000)
+streamer.run_scripted = runner
+sys.exit(streamer.main())
+"""
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_log_that_nobody_reads_holds_up_nothing(tmp_path: Path, read: bool) -> None:
+    """Neither a task nor the end; whoever reads it later is told how much was dropped."""
+    command = [sys.executable, "-c", TALKATIVE, "--test-mode", "--port", "0"]
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    with contextlib.ExitStack() as stack:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, bufsize=0
+        )
+        stack.enter_context(server)
+        stack.callback(server.kill)
+        assert server.stderr is not None
+        address = server.stderr.readline().decode()
+        client = Client(re.findall(r"http://\S+:\d+", address)[0])
+        received = b""
+        with client.http:
+            assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+            while read and len(received) < 70_000:  # more than a pipe holds
+                received += server.stderr.read(65536)
+            client.create()
+        server.send_signal(signal.SIGINT)
+        if not read:
+            assert server.wait(TIMEOUT) == 0
+        received += server.stderr.read()
+        assert server.wait(TIMEOUT) == 0
+    lines = received.decode().splitlines()
+    note = re.compile(r"(\d+) lines of the log were dropped: nobody read them")
+    dropped = [int(found[1]) for found in map(note.fullmatch, lines) if found]
+    if not read:
+        assert dropped == []
+        return
+    # Of the first task: PENDING, RUNNING, 300, its client, SUCCEEDED; of the second: PENDING.
+    assert len(dropped) == 1
+    assert len(lines) - 1 + dropped[0] == 305
+    assert lines[-1].endswith("status=PENDING mode=test")
 
 
 def test_serve_returns_to_an_embedder_whose_thread_does_not_stop(tmp_path: Path) -> None:
@@ -7374,22 +7544,42 @@ def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
     assert messages[-1]["data"]["status"] == "SUCCEEDED"
 
 
-def test_run_into_a_pipe_that_closes_ends_quietly(tmp_path: Path) -> None:
-    """`run … | head -1` in any locale: one line, no traceback."""
-    command = f"{sys.executable} -W ignore {SERVER} run 'Build 日本' --test-mode | head -1"
-    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True
-    )
-    assert (done.stdout, done.stderr) == ("-- PENDING 0% $0.0000\n", "")
+@pytest.mark.parametrize(
+    ("into", "shown", "said"),
+    [
+        ("| head -1", "-- PENDING 0% $0.0000\n", ""),
+        ("> /dev/full", "", "the output cannot be written: [Errno 28] No space left on device\n"),
+        ("> /dev/full 2>&1", "", ""),
+        (">&- 2>&- <&-", "", ""),
+    ],
+)
+def test_run_goes_on_where_its_output_ends(
+    tmp_path: Path, into: str, shown: str, said: str
+) -> None:
+    """In any locale; it ends as its task does, and a pipe that is closed is no fault."""
+    command = shlex.join([sys.executable, "-W", "ignore", "-c", QUICK, "run", "Build 日本"])
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
+    for options, code in (("--test-mode", 0), ("--test-mode --task-timeout 0.1", 1)):
+        script = f"{command} {options} {into}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (code, shown, said)
 
 
-def test_run_that_is_interrupted_or_fails_says_so(tmp_path: Path) -> None:
-    """Ctrl-C exits 130 without a traceback; a failed task exits 1 with its reason on the screen."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C, like the other signals, cancels the run and exits 130 without a traceback."""
     with process(SERVER, "run", "Build", "--test-mode", cwd=tmp_path) as command:
         wait_until(lambda: bool(list(tmp_path.glob("workspace/*/docs/prd.md"))))
-        assert command.stop(signal.SIGINT) == 130
-        assert command.errors == []
+        assert command.stop(how) == 130
+    assert command.errors == []
+    lines = command.output.decode().splitlines()
+    assert lines.count("interrupted: the run is cancelled") == 1
+
+
+def test_run_that_fails_says_so(tmp_path: Path) -> None:
+    """It exits 1, with its reason on the screen."""
     with process(
         SERVER, "run", "Build", "--test-mode", "--task-timeout", "0.2", cwd=tmp_path
     ) as command:
