@@ -6473,7 +6473,7 @@ class FrameProtocol(WebSocketsSansIOProtocol):
     whose frames are no messages is cut off.
     """
 
-    SLICE = 512  # bytes; the smallest frame has 6
+    SLICE = 128  # bytes; the smallest frame has 6
     MAX_FRAMES = 1000  # in ten seconds, of pings and parts of messages
 
     def connection_made(self, transport: Any) -> None:
