@@ -6162,7 +6162,8 @@ class SocketStream:
         except StreamerError as error:
             refusal = error
         # A browser ends a connection where it offered subprotocols, and none was chosen.
-        await self._websocket.accept(next(iter(self._websocket.scope["subprotocols"]), None))
+        offered = self._websocket.scope.get("subprotocols", ())
+        await self._websocket.accept(next(iter(offered), None))
         try:
             if refusal is not None:
                 raise refusal
