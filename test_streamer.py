@@ -7287,6 +7287,7 @@ def test_processes_that_share_redis_are_one_service(
             with client.http:
                 ids.add(client.create())
                 assert {client.get(f"/api/tasks/{task_id}")["id"] for task_id in ids} == ids
+        assert server.stop() == 0
 
 
 # -----------------------------------------------------------------------------
