@@ -1160,8 +1160,13 @@ class MemoryStore(Store):
         record = await self.load(task_id)
         if task_id in self._claims or record.task.status not in statuses:
             return None
-        self._claims[task_id] = Claim(self, record)
-        return self._claims[task_id]
+        claim = self._claims[task_id] = Claim(self, record)
+        try:
+            await self._journal(record, (), ())  # that it was started
+        except StoreUnavailable:
+            self._end(claim)
+            raise
+        return claim
 
     async def write(
         self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
@@ -1174,6 +1179,9 @@ class MemoryStore(Store):
 
     async def release(self, claim: Claim) -> None:
         self._end(claim)
+        record = self._records.get(claim.record.task.id)
+        if record is not None and record.task.status is TaskStatus.PENDING:
+            await self._journal(record, (), ())  # that it was not
 
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
         log = self._logs.get(task_id)
@@ -1348,11 +1356,7 @@ class SqliteStore(MemoryStore):
     def _check_files(self) -> None:
         """What is written to a file that was replaced, or deleted, is lost at the end."""
         for path, opened in self._files.items():
-            try:
-                same = os.path.samestat(os.stat(path), opened)
-            except FileNotFoundError:
-                same = False
-            if not same:
+            if not path.exists() or not os.path.samestat(path.stat(), opened):
                 why = "was deleted or replaced while it was in use; start the server again"
                 raise sqlite3.OperationalError(f"{path.name} {why}")
 
@@ -1399,29 +1403,6 @@ class SqliteStore(MemoryStore):
             return await anyio.to_thread.run_sync(query, self._reader, limiter=self._one_reader)
         except (OSError, sqlite3.Error) as error:
             raise self._unavailable(error) from None
-
-    async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
-        claim = await super().claim(task_id, statuses)
-        if claim is not None:
-            try:
-                await self._save_started(task_id)
-            except StoreUnavailable:
-                self._end(claim)
-                raise
-        return claim
-
-    async def release(self, claim: Claim) -> None:
-        task_id = claim.record.task.id
-        held = self._claims.get(task_id) is claim
-        await super().release(claim)
-        if held:
-            await self._save_started(task_id)
-
-    async def _save_started(self, task_id: str) -> None:
-        """What is claimed before it runs was started, and is so again after a restart."""
-        record = self._records[task_id]
-        if record.task.status is TaskStatus.PENDING:
-            await self._change(record)
 
     async def sweep(self) -> Sweep:
         async with self._changing:
@@ -1471,6 +1452,8 @@ class SqliteStore(MemoryStore):
         self._wait_for_locks(0 if self.error else self._settings.lease)
         with self._writer as db:
             db.execute("BEGIN IMMEDIATE")
+            if self.error:
+                db.execute("PRAGMA user_version = 1")  # something that is written: is there room?
             for change in changes:
                 self._save(db, *change)
         records = [record for record, _, _ in changes]
@@ -1497,7 +1480,7 @@ class SqliteStore(MemoryStore):
         else:
             saved = (task.id, task.status, task.updated_at, _dump(task), _dump(state))
             db.execute(self.SAVE, saved)
-        if task.status is TaskStatus.PENDING:
+        if task.status is TaskStatus.PENDING:  # what is claimed before it runs was started
             query = "DELETE FROM started WHERE task_id = ?"
             if task.id in self._claims:
                 query = "INSERT OR IGNORE INTO started VALUES (?)"
@@ -5978,15 +5961,9 @@ class OpenedFile(FileResponse):
                 await cut_off(scope, receive)
 
     @contextlib.asynccontextmanager
-    async def _open_file(self) -> AsyncIterator[Any]:
+    async def _open_file(self) -> AsyncIterator[anyio.AsyncFile[bytes]]:
         """What Starlette reads from."""
-        yield self
-
-    async def seek(self, offset: int) -> None:
-        self._file.seek(offset)
-
-    async def read(self, size: int) -> bytes:
-        return await anyio.to_thread.run_sync(self._file.read, size)
+        yield anyio.wrap_file(self._file)
 
 
 def open_inside(root: Path, path: str) -> SizedFile | None:
@@ -6584,7 +6561,7 @@ class AbortProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > 1.1 * (self.limit_concurrency or 0):
+        if len(self.connections) > 1.1 * (self.limit_concurrency or math.inf):
             transport.abort()  # beyond the limit it is not even told so: descriptors run out
         self._unparsed = bytearray()
         self._head_size = 0  # since the last head, or the last part of a body, was complete
@@ -6692,16 +6669,20 @@ async def send_unchunked(cycle: Any, send: Send, message: Message) -> None:
 
 
 BASE_FILES = 24  # descriptors of a process that serves nobody
-RUN_FILES = 20  # of a run: pipes of git, connections to its model
-CONNECTION_FILES = 2  # of a client: its connection, and the file that it downloads
+REDIS_FILES = 32  # its connections to Redis
+TEAM_FILES = 20  # of a MetaGPT run: pipes of git, connections to its model; another has 2
+CLIENT_FILES = 2  # a connection, and the file that it downloads
 
 
-def room(runs: int, connections: int) -> tuple[int, int]:
+def room(settings: Settings, run_files: int) -> tuple[int, int]:
     """How many runs and connections there are descriptors for: as many as are asked for, if the
     system lets this process open so many files. Raises SettingsError where there is no room.
     """
+    runs = settings.max_running
+    clients = settings.max_sockets + 1000
+    base = BASE_FILES + (REDIS_FILES if settings.redis_url else 0)
+    needed = base + run_files * runs + CLIENT_FILES * clients
     unlimited = resource.RLIM_INFINITY
-    needed = BASE_FILES + RUN_FILES * runs + CONNECTION_FILES * connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != unlimited and soft < needed:
         more = needed if hard == unlimited else min(needed, hard)
@@ -6709,16 +6690,16 @@ def room(runs: int, connections: int) -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == unlimited or soft >= needed:
-        return runs, connections
-    asked = f"{runs} runs (max_running) and {connections} connections need {needed}"
-    free = soft - BASE_FILES
-    if free < 2 * RUN_FILES:
+        return runs, clients
+    asked = f"{runs} runs (max_running) and {clients} connections need {needed}"
+    free = soft - base
+    if free < run_files + 10 * CLIENT_FILES:
         raise SettingsError(f"`ulimit -n` is {soft}, too few to serve anything; {asked}")
-    runs = min(runs, max(1, free // 2 // RUN_FILES))
-    connections = (free - RUN_FILES * runs) // CONNECTION_FILES
+    runs = min(runs, max(1, free // 2 // run_files))
+    clients = (free - run_files * runs) // CLIENT_FILES
     text = "`ulimit -n` is %d, so that it serves %d runs and %d connections at once; %s"
-    logger.warning(text, soft, runs, connections, asked)
-    return runs, connections
+    logger.warning(text, soft, runs, clients, asked)
+    return runs, clients
 
 
 class Server(uvicorn.Server):
@@ -6726,8 +6707,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self.supervisor: Supervisor = app.state.supervisor
-        runs, connections = room(settings.max_running, settings.max_sockets + 1000)
-        self.supervisor.engine.limit(runs)
+        engine = self.supervisor.engine
+        run_files = TEAM_FILES if engine.runner is run_metagpt else 2
+        runs, connections = room(settings, run_files)
+        engine.limit(runs)
         config = uvicorn.Config(
             app,
             host=settings.host,
