@@ -3668,12 +3668,11 @@ def test_metagpt_failures_end_with_a_reason(metagpt: tuple[Client, ModelServer, 
     ]
     assert "answered 503: " in retried[0]["payload"]["message"]  # before the attempt that succeeds
     assert records[5].last_state["cost"]["completion_tokens"] > 0  # estimated
-    assert not (Path("/etc") / "escaped.py").exists()
+    assert [*server.cwd.rglob("escaped.py")] == []
     roles = {event["agent_role"] for event in records[12].of("AGENT_START")}
-    assert "QaEngineer" in roles
-    assert any(
-        path.endswith("/游戏.py") for path in records[16].last_state["final_result"]["files"]
-    )
+    assert roles == {"ProductManager", "Architect", "ProjectManager", "Engineer", "QaEngineer"}
+    written = [Path(path).name for path in records[16].last_state["final_result"]["files"]]
+    assert [name for name in written if name.endswith(".py")] == ["游戏.py"]
 
 
 @pytest.mark.parametrize(
@@ -5658,7 +5657,7 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
             assert error["data"]["code"] == "invalid_request"
             assert 'expected {"type": "ping"}' in error["data"]["message"]
         websocket.send('{"type": "ping"}')
-        assert receive_until(websocket, lambda message: message["type"] == "pong")
+        receive_until(websocket, lambda message: message["type"] == "pong")
         gate.go.set()
         record = watched(websocket)
         assert record.close_code == 1000
@@ -6265,10 +6264,9 @@ def test_token_opens_and_nothing_else_does(tmp_path: Path) -> None:
         stream = client.http.get(
             f"/api/tasks/{task_id}/events?token={TOKEN}", headers={"Accept": "text/event-stream"}
         )
-        assert "TASK_CANCELLED" in stream.text
-        assert not any(
-            TOKEN in line for line in stream.text.splitlines() if '"type":"event"' in line
-        )
+        events = [line for line in stream.text.splitlines() if '"type":"event"' in line]
+        assert [TOKEN in line for line in events] == [False] * stream.text.count("\nid: ")
+        assert "TASK_CANCELLED" in events[-1]
         with process(
             "test_streamer.py", task_id, "--url", client.url, "--token", TOKEN, cwd=HERE
         ) as watcher:
@@ -6664,9 +6662,9 @@ def test_model_cannot_forge_events_log_lines_or_terminal_escapes(
         for message in record.messages:
             transcript.show(message)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", capsys.readouterr().out)
-    for line in caplog.records:
-        assert "\n" not in line.getMessage()
-        assert "\x1b" not in line.getMessage()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(f"id={record.task_id}" in line for line in lines) == 4  # PENDING to FAILED, and why
+    assert [line for line in lines if "\n" in line or "\x1b" in line] == []
 
 
 def test_fuzzed_service_neither_fails_nor_grows(tmp_path: Path) -> None:
@@ -7797,7 +7795,9 @@ def readme_blocks(heading: str = "") -> list[str]:
 
 def test_readme_commands_can_be_pasted() -> None:
     """No comments, which zsh has none of at its prompt; what reads the terminal ends its block."""
-    for block in readme_blocks():
+    blocks = readme_blocks()
+    assert blocks != []
+    for block in blocks:
         lines = block.splitlines()
         assert [line for line in lines if re.search("(^|\\s)#", line)] == []
         assert [line for line in lines[:-1] if re.search("^wscat|streamer.py", line)] == []
