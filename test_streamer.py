@@ -7375,7 +7375,7 @@ def test_log_that_nobody_reads_holds_up_nothing(tmp_path: Path, read: bool) -> N
             assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
             while read and len(received) < 70_000:  # more than a pipe holds
                 received += server.stderr.read(65536)
-            client.create()
+            last = client.create()
         server.send_signal(signal.SIGINT)
         if not read:
             assert server.wait(TIMEOUT) == 0
@@ -7388,9 +7388,9 @@ def test_log_that_nobody_reads_holds_up_nothing(tmp_path: Path, read: bool) -> N
         assert dropped == []
         return
     # Of the first task: PENDING, RUNNING, 300, its client, SUCCEEDED; of the second: PENDING.
-    assert len(dropped) == 1
-    assert len(lines) - 1 + dropped[0] == 305
-    assert lines[-1].endswith("status=PENDING mode=test")
+    assert sum(dropped) > 100  # a short one may fit where a long one did not
+    assert len(lines) - len(dropped) + sum(dropped) == 305
+    assert sum(f"task id={last} status=PENDING" in line for line in lines) == 1
 
 
 def test_serve_returns_to_an_embedder_whose_thread_does_not_stop(tmp_path: Path) -> None:
