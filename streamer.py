@@ -481,6 +481,8 @@ class ServerClosing(
     StreamerError, code="server_closing", status=503, close_code=1001, retry_after=5): ...
 class StoreUnavailable(
     StreamerError, code="store_unavailable", status=503, close_code=1013, retry_after=5): ...
+class TaskDeleted(TaskNotFound, code="task_not_found", status=404, close_code=4404):
+    """On purpose: the store says so, which may also have lost a task."""
 class LeaseLost(StreamerError, code="lease_lost", status=503, close_code=1013):
     """Another process may have the task now."""
 class IllegalTransition(StreamerError, code="illegal_transition"):
@@ -937,9 +939,9 @@ def _load(task_text: str, state_text: str, *, first_event_id: int = 1) -> Record
 
 
 class ClaimLost(NamedTuple):
-    """The task is another's now, or it is gone: nothing can be written any more."""
+    """What is stored is not what its holder left: nothing can be written any more."""
 
-    error: LeaseLost
+    error: StreamerError
 
 
 class CancelAsked(NamedTuple):
@@ -955,8 +957,10 @@ class Claim:
     Its holder listens to what it is told meanwhile: that the claim is lost, or what is asked.
     """
 
-    def __init__(self, store: Store, record: Record) -> None:
+    def __init__(self, store: Store, record: Record, log_end: int = 0) -> None:
         self.record = record  # as it was when it was claimed
+        self.log_end = log_end  # the number of the last event in its log
+        self.lost: StreamerError | None = None  # why, where it ended otherwise than by its holder
         self._store = store
         self._listener: Callable[[ClaimMessage], bool] | None = None
 
@@ -965,7 +969,8 @@ class Claim:
     ) -> None:
         """Stores all of it, or nothing; a status that is final ends the claim.
 
-        Raises LeaseLost where it is not held any more, StoreUnavailable.
+        It comes right after what was written before, or is refused. Raises LeaseLost where it is
+        not held any more, StoreUnavailable.
         """
         await self._store.write(self, state, events, task)
 
@@ -995,7 +1000,9 @@ class Store(abc.ABC):
     share a store.
     """
 
-    error: str | None = None  # why it does not answer, while it does not
+    LOST = "the store has lost it (flushed, evicted, past max_age, or gone in a failure)"
+
+    error: str | None = None  # what a write meets, while it cannot be done
     warning: str | None = None  # what an operator should change, while it works
 
     def __init__(self, settings: Settings) -> None:
@@ -1034,7 +1041,9 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def read(self, task_id: str, after: int, limit: int) -> Sequence[Event]:
-        """At most `limit` events, from the first that is numbered above `after` and kept."""
+        """At most `limit` events, from the first that is numbered above `after` and kept, up to
+        where one is missing.
+        """
 
     @abc.abstractmethod
     async def claim(self, task_id: str, statuses: Collection[TaskStatus]) -> Claim | None:
@@ -1082,7 +1091,7 @@ class Store(abc.ABC):
     def _check(self, claim: Claim) -> None:
         task_id = claim.record.task.id
         if self._claims.get(task_id) is not claim:
-            raise LeaseLost(f"task {task_id} is not claimed here any more")
+            raise claim.lost or LeaseLost(f"task {task_id} is not claimed here any more")
 
     def _end(self, claim: Claim) -> None:
         task_id = claim.record.task.id
@@ -1092,6 +1101,9 @@ class Store(abc.ABC):
     def _not_found(self, task_id: str) -> TaskNotFound:
         why = "never created here, deleted, or forgotten since"
         return TaskNotFound(f"task {quoted(task_id)} not found: {why}")
+
+    def deleted(self, task_id: str) -> TaskDeleted:
+        return TaskDeleted(f"task {quoted(task_id)} not found: it was deleted")
 
     def _to_forget(
         self, excess: int, ended: Sequence[str], unstarted: Sequence[str]
@@ -1504,9 +1516,13 @@ class SqliteStore(MemoryStore):
 class RedisLink:
     """The way to a Redis that may be away.
 
-    Calls are tried again until `lease` seconds after it last answered; `notify` is told why it
-    does not answer, and None when it does. Raises SettingsError where it cannot be reached now.
+    Calls are tried again until `lease` seconds after its last write; `notify` is told why it
+    does not take a write, and None when it does. Raises SettingsError where it cannot be reached
+    now.
     """
+
+    # It is no primary, or one that lacks its replicas; in Redis 6 a script's error holds the code.
+    DEMOTED = "ReadOnly|READONLY|MasterDown|MASTERDOWN|NOREPLICAS"
 
     def __init__(self, settings: Settings, notify: Callable[[str | None], None]) -> None:
         self._settings = settings
@@ -1514,7 +1530,7 @@ class RedisLink:
         self._notify = notify
         self._errors = importlib.import_module("redis").exceptions
         # A connection that closes under a command is a RuntimeError of uvloop's.
-        self._away = (
+        self._unreached = (
             self._errors.ConnectionError,
             self._errors.TimeoutError,
             OSError,
@@ -1532,11 +1548,18 @@ class RedisLink:
             client = importlib.import_module("redis").Redis
             with client.from_url(settings.redis_url, **self._options) as redis:
                 redis.ping()
+                policy = "unknown"
+                with contextlib.suppress(self._errors.NoPermissionError):
+                    policy = redis.info("memory").get("maxmemory_policy", policy)
         except self._errors.RedisError as error:
             raise SettingsError(f"the Redis at {self._url} cannot be used: {error}") from None
         except (ValueError, TypeError):  # whose text may hold the password
             form = "redis://[[user]:password@]host[:port][/number], the password with % escapes"
             raise SettingsError(f"redis_url must be {form}") from None
+        self.warning: str | None = None
+        if policy != "noeviction":
+            risk = "when its memory is full it drops tasks and logs; set it to noeviction"
+            self.warning = f"the Redis at {self._url} has maxmemory-policy {policy}: {risk}"
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -1544,35 +1567,54 @@ class RedisLink:
         pool = asyncio_redis.BlockingConnectionPool.from_url(
             self._settings.redis_url, max_connections=32, **self._options
         )
-        self._last_answer = time.monotonic()
+        self._last_write = time.monotonic()
         async with asyncio_redis.Redis.from_pool(pool) as self.redis:
             yield
 
-    async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        """Raises StoreUnavailable."""
+    async def call(self, command: Callable[[], Awaitable[Any]], writes: bool = False) -> Any:
+        """Raises StoreUnavailable.
+
+        Only what `writes` shows that Redis is there: a primary that was demoted answers reads.
+        """
         while True:
             try:
                 answer = await command()
-            except self._away as error:
-                silent = time.monotonic() - self._last_answer
-                away = f"the Redis at {self._url} cannot be reached: {error}"
-                self._notify(away)
-                if silent > self._lease:
-                    raise StoreUnavailable(f"{away} (for {silent:.0f} s)") from None
-                await anyio.sleep(0.2)
-            except self._errors.RedisError as error:
-                refused = f"the Redis at {self._url} refused: {error}"
-                self._notify(refused)
-                raise StoreUnavailable(refused) from None
+            except (*self._unreached, self._errors.RedisError) as error:
+                await self._wait(error)
             else:
-                self._last_answer = time.monotonic()
-                self._notify(None)
+                if writes:
+                    self._last_write = time.monotonic()
+                    self._notify(None)
                 return answer
 
-    async def try_once(self, command: Callable[[], Awaitable[Any]]) -> None:
-        """For what others do too, if it fails."""
-        with contextlib.suppress(self._errors.RedisError, *self._away):
-            await command()
+    async def _wait(self, error: Exception) -> None:
+        """Until the next try. Raises StoreUnavailable where that is of no use."""
+        silent = time.monotonic() - self._last_write
+        if isinstance(error, self._unreached):
+            fault = "cannot be reached"
+        elif re.search(self.DEMOTED, f"{type(error).__name__} {error}"):
+            fault = "takes no writes"
+            await self._drop_connections()
+        else:
+            fault = "refused"
+            silent = math.inf
+        reason = f"the Redis at {self._url} {fault}: {error}"
+        self._notify(reason)
+        if silent > self._lease:
+            raise StoreUnavailable(reason) from None
+        await anyio.sleep(0.2)
+
+    async def _drop_connections(self) -> None:
+        """Another Redis may have the name by now: those in use are made again, and the last that
+        was used, which each call that fails does.
+        """
+        self._resubscribe = True
+        pool = self.redis.connection_pool
+        with contextlib.suppress(*self._unreached):
+            await pool.update_active_connections_for_reconnect()
+            connection = await pool.get_connection()
+            connection.mark_for_reconnect()
+            await pool.release(connection)
 
     async def pipelined(self, fill: Callable[[Any], object], transaction: bool = False) -> Any:
         """The answers to the commands that `fill` gives a pipeline, sent in one go."""
@@ -1607,46 +1649,56 @@ class RedisLink:
 
         async def subscribed() -> None:
             async with self.redis.pubsub() as pubsub:
+                self._resubscribe = False
                 await pubsub.subscribe(channel)
-                while True:
-                    message = await pubsub.get_message(timeout=self._lease)
-                    if message is not None:
+                asked = False
+                while not self._resubscribe:
+                    message = await pubsub.get_message(timeout=self._lease / 3)
+                    if message is None and asked:
+                        return  # a connection that nothing comes through
+                    asked = message is None
+                    if message is None:
+                        await pubsub.ping()
+                    elif message["type"] != "pong":
                         hear(message["data"] if message["type"] == "message" else None)
 
         while True:
-            await self.try_once(subscribed)
+            with contextlib.suppress(self._errors.RedisError, *self._unreached):
+                await subscribed()
             await anyio.sleep(0.2)
 
 
 class RedisStore(Store):
     """A Redis that several replicas share.
 
-    Each keeps a lease while it lives; the tasks of one whose lease ran out can be claimed by
-    another, and then no longer be written to by it.
+    Each changes its beat while it lives; the tasks of one whose beat stood still for a while can
+    be claimed by another, and then no longer be written to by it. That while is measured by the
+    clock of who looks, and nothing of this expires: a Redis that evicts, or whose clock is set,
+    ends no run.
     """
 
     TASK = "streamer:task:"  # a hash: status, task, state, and while it is claimed its owner
     LOG = "streamer:log:"  # a stream: the task's events, by their numbers
     TASKS = "streamer:tasks"  # sorted by creation: all tasks, and with a status behind it those
     CLAIMED = "streamer:claimed"  # a set: the tasks that have an owner
-    CANCELS = "streamer:cancels"  # a hash: the tasks whose owner is asked to cancel them
-    LEASE = "streamer:lease:"  # a replica lives
+    CANCELS = "streamer:cancels"  # a hash: a request to the owner of a task, or "accepted"
+    DELETED = "streamer:deleted:"  # for some time: a task was deleted, and not lost
+    REPLICAS = "streamer:replicas"  # a hash: the beat of each replica
+    LEFT = "left"  # the beat of one that was stopped
+    PATIENCE = 0.6  # of a lease: with two sweeps, one before and one after, it is a lease
     NEWS = "streamer:news"  # a channel: the task that was written to; nothing: a sweep is asked for
     WRITE = """
     local task, log, tasks, claimed, cancels = unpack(KEYS)
-    local id, replica, status, record, state, max_events, max_age, channel = unpack(ARGV, 1, 8)
-    local first_event = 9  -- then three values for each: number, type, data
-    local mine = redis.call('HGET', task, 'owner') == replica
+    local id, replica, after, status, record, state, max_events, max_age, channel =
+      unpack(ARGV, 1, 9)
+    local first_event = 10  -- then three values for each: number, type, data
     local newest = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-    if ARGV[first_event] and newest
-      and tonumber(ARGV[first_event]) <= tonumber(string.match(newest[1], '%d+')) then
-      local number, data = ARGV[#ARGV - 2], ARGV[#ARGV]
-      if newest[1] == number .. '-0' and newest[2][4] == data then
-        return 1  -- this call was here before, and its answer got lost
-      end
-      if mine then return redis.error_reply('ERR events out of order') end
+    local last = newest and string.match(newest[1], '%d+') or '0'
+    if ARGV[first_event] and last == ARGV[#ARGV - 2] and newest[2][4] == ARGV[#ARGV] then
+      return 1  -- this call was here before, and its answer got lost
     end
-    if not mine then return 0 end
+    -- What does not follow exactly what is stored would hide that something was lost.
+    if redis.call('HGET', task, 'owner') ~= replica or last ~= after then return 0 end
     redis.call('HSET', task, 'state', state)
     for i = first_event, #ARGV, 3 do
       local number, type, data = unpack(ARGV, i, i + 2)
@@ -1654,7 +1706,9 @@ class RedisStore(Store):
     end
     if status ~= '' then
       redis.call('ZREM', tasks .. ':' .. redis.call('HGET', task, 'status'), id)
-      redis.call('ZADD', tasks .. ':' .. status, redis.call('ZSCORE', tasks, id), id)
+      local created = redis.call('ZSCORE', tasks, id) or 0  -- where the list was lost
+      redis.call('ZADD', tasks, created, id)
+      redis.call('ZADD', tasks .. ':' .. status, created, id)
       redis.call('HSET', task, 'status', status, 'task', record)
       if status ~= 'PENDING' and status ~= 'RUNNING' then
         redis.call('HDEL', task, 'owner')
@@ -1666,6 +1720,11 @@ class RedisStore(Store):
     end
     redis.call('PUBLISH', channel, id)
     return 1
+    """
+    ACCEPT = """
+    if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then
+      redis.call('HSET', KEYS[1], ARGV[1], 'accepted')
+    end
     """
     PAGE = 256  # events read at once, and about
     PAGE_BYTES = 1 << 20  # of them
@@ -1679,30 +1738,30 @@ class RedisStore(Store):
         self._page = self.PAGE
         self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # task → who waits for it
         self._attention = asyncio.Event()
+        self._beats: dict[str, tuple[str | None, float]] = {}  # replica → its beat, and since when
+        self._dead: dict[str, str | None] = {}  # the replicas that are gone, and their last beat
         self._link = RedisLink(settings, self._hear_of_link)
 
     @contextlib.asynccontextmanager
     async def opened(self, notify: Callable[[str | None], None]) -> AsyncIterator[None]:
-        self._trust_leases()
         async with self._link.opened(), super().opened(notify):
             self._write = self._link.redis.register_script(self.WRITE)
-            await self._renew()
+            self._accept = self._link.redis.register_script(self.ACCEPT)
+            self._set_warning(self._link.warning)
+            await self._beat(uuid.uuid4().hex)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._link.listen, self.NEWS, self._hear)
                 yield
                 group.cancel_scope.cancel()
-            with anyio.move_on_after(1, shield=True):  # so that another goes on at once
-                leave = partial(self._link.redis.delete, self.LEASE + self._replica)
-                await self._link.try_once(leave)
+            with anyio.move_on_after(1, shield=True), contextlib.suppress(StoreUnavailable):
+                await self._beat(self.LEFT)  # so that another goes on at once
 
     def _hear_of_link(self, error: str | None) -> None:
-        if error is None and self.error is not None:
-            self._trust_leases()
+        if (error is None) != (self.error is None):
+            self._beats.clear()  # others cannot change theirs either
+            self._dead.clear()
+            self._attention.set()  # the sweep's beat shows whether it is over
         self._set_error(error)
-
-    def _trust_leases(self) -> None:
-        """In a while: after Redis was away others may not have renewed theirs yet."""
-        self._trust_from = time.monotonic() + self._lease / 2
 
     def _hear(self, news: str | None) -> None:
         """What other replicas tell: a task was written to, or a sweep is asked for."""
@@ -1715,17 +1774,36 @@ class RedisStore(Store):
         for event in told:
             event.set()
 
-    async def _renew(self) -> None:
-        # Two thirds of it: with the time to the next sweep others have noticed within a lease.
-        milliseconds = int(667 * self._lease)
-        key = self.LEASE + self._replica
-        await self._link.call(partial(self._link.redis.set, key, "", px=milliseconds))
+    async def _beat(self, beat: str) -> None:
+        beats = partial(self._link.redis.hset, self.REPLICAS, self._replica, beat)
+        await self._link.call(beats, writes=True)
+
+    def _look_who_lives(self, beats: Mapping[str, str], owners: set[str], at: float) -> None:
+        """`beats` are those of `at` or later."""
+        now = time.monotonic()
+        before = self._beats
+        self._beats = {}
+        for replica in {*beats, *owners} - {self._replica}:
+            beat, since = before.get(replica, ("", now))
+            if beat != beats.get(replica):
+                since = now
+            self._beats[replica] = (beats.get(replica), since)
+        self._dead = {
+            replica: beat
+            for replica, (beat, since) in self._beats.items()
+            if beat == self.LEFT or at - since > self.PATIENCE * self._lease
+        }
 
     def _unlist(self, pipe: Any, task_id: str) -> None:
         pipe.zrem(self.TASKS, task_id)
         for status in TaskStatus:
             pipe.zrem(f"{self.TASKS}:{status}", task_id)
         self._disown(pipe, task_id)
+
+    def _remove(self, pipe: Any, task_id: str) -> None:
+        pipe.delete(self.TASK + task_id, self.LOG + task_id)
+        pipe.set(self.DELETED + task_id, "", ex=math.ceil(10 * self._lease))
+        self._unlist(pipe, task_id)
 
     def _disown(self, pipe: Any, task_id: str) -> None:
         pipe.srem(self.CLAIMED, task_id)
@@ -1744,9 +1822,9 @@ class RedisStore(Store):
                 return ()
             forgotten = await self._make_room(pipe)
             pipe.multi()
+            pipe.delete(self.LOG + task.id)  # of a task whose record was lost
             for task_id in forgotten:
-                pipe.delete(self.TASK + task_id, self.LOG + task_id)
-                self._unlist(pipe, task_id)
+                self._remove(pipe, task_id)
             created = {task.id: time.time_ns() // 1000}
             pipe.zadd(self.TASKS, created)
             pipe.zadd(f"{self.TASKS}:{task.status}", created)
@@ -1773,18 +1851,25 @@ class RedisStore(Store):
         return self._to_forget(excess, [task_id for _, task_id in sorted(ended)], unstarted)
 
     async def load(self, task_id: str) -> Record:
-        (task, state), oldest = await self._link.pipelined(
-            lambda pipe: pipe.hmget(self.TASK + task_id, "task", "state").xrange(
-                self.LOG + task_id, count=1
+        (task, state), oldest, deleted = await self._link.pipelined(
+            lambda pipe: (
+                pipe.hmget(self.TASK + task_id, "task", "state")
+                .xrange(self.LOG + task_id, count=1)
+                .exists(self.DELETED + task_id)
             )
         )
         if task is None:
-            raise self._not_found(task_id)
-        return _load(task, state, first_event_id=self._number(oldest))
+            raise self.deleted(task_id) if deleted else self._not_found(task_id)
+        return self._record(task, state, oldest)
+
+    def _record(self, task: str, state: str, oldest: Sequence[tuple[str, Any]]) -> Record:
+        record = _load(task, state)
+        first = self._number(oldest) or record.state.last_event_id + 1
+        return record._replace(first_event_id=first)
 
     @staticmethod
     def _number(entries: Sequence[tuple[str, Any]]) -> int:
-        return int(entries[0][0].removesuffix("-0")) if entries else 1
+        return int(entries[0][0].removesuffix("-0")) if entries else 0
 
     async def page(
         self, status: TaskStatus | None, offset: int, limit: int
@@ -1809,8 +1894,7 @@ class RedisStore(Store):
 
     async def forget(self, task_id: str) -> None:
         def forget(pipe: Any) -> None:
-            pipe.delete(self.TASK + task_id, self.LOG + task_id)
-            self._unlist(pipe, task_id)
+            self._remove(pipe, task_id)
             pipe.publish(self.NEWS, task_id)
 
         await self._link.pipelined(forget, transaction=True)
@@ -1821,30 +1905,37 @@ class RedisStore(Store):
         key = self.TASK + task_id
         log = self.LOG + task_id
 
-        async def claim(pipe: Any) -> Record | None:
+        async def claim(pipe: Any) -> Claim | None:
             status, owner, task, state = await pipe.hmget(key, "status", "owner", "task", "state")
-            taken = owner and owner != self._replica and await pipe.exists(self.LEASE + owner)
-            if taken or status not in statuses:
+            if status not in statuses or (owner and not await self._may_take_from(owner, pipe)):
                 await pipe.unwatch()
                 return None
-            first = self._number(await pipe.xrange(log, count=1))
+            record = self._record(task, state, await pipe.xrange(log, count=1))
+            last = self._number(await pipe.xrevrange(log, count=1))
             pipe.multi()
             self._disown(pipe, task_id)
             pipe.hset(key, "owner", self._replica)
             pipe.sadd(self.CLAIMED, task_id)
             pipe.persist(key)
             pipe.persist(log)
-            return _load(task, state, first_event_id=first)
+            # Numbers are used once, also where the log is not what the record says.
+            state = record.state._replace(last_event_id=max(last, record.state.last_event_id))
+            return Claim(self, record._replace(state=state), last)
 
         self._claiming.add(task_id)
         try:
-            record = await self._link.changed(claim, key)
-            if record is None:
-                return None
-            self._claims[task_id] = Claim(self, record)
-            return self._claims[task_id]
+            claimed = await self._link.changed(claim, key)
+            if claimed is not None:
+                self._claims[task_id] = claimed
+            return claimed
         finally:
             self._claiming.discard(task_id)
+
+    async def _may_take_from(self, owner: str, redis: Any) -> bool:
+        if owner == self._replica:
+            return True
+        beat = await redis.hget(self.REPLICAS, owner)
+        return beat == self.LEFT or (owner in self._dead and self._dead[owner] == beat)
 
     async def write(
         self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
@@ -1853,19 +1944,40 @@ class RedisStore(Store):
         task_id = state.task_id
         keys = [self.TASK + task_id, self.LOG + task_id, self.TASKS, self.CLAIMED, self.CANCELS]
         status, record = (task.status, _dump(task)) if task else ("", "")
-        values: list[Any] = [task_id, self._replica, status, record, _dump(state)]
+        values: list[Any] = [task_id, self._replica, claim.log_end]
+        values += [status, record, _dump(state)]
         values += [self._settings.max_events, self._max_age, self.NEWS]
         for event in events:
             values += (event.id, event.type, event.data)
-        if not await self._link.call(partial(self._write, keys, values)):
-            self._end(claim)
-            raise self._lost(task_id)
+        if not await self._link.call(partial(self._write, keys, values), writes=True):
+            await self._lose(claim)
+            self._check(claim)
+        if events:
+            claim.log_end = events[-1].id
         if state.status in ENDED:
             self._end(claim)
 
-    def _lost(self, task_id: str) -> LeaseLost:
-        why = "another took it over, or it was deleted"
-        return LeaseLost(f"task {task_id} is not this replica's any more: {why}")
+    async def _lose(self, claim: Claim) -> None:
+        """Something else is stored than its holder has written: its holder is told what."""
+        task_id = claim.record.task.id
+        (owner, task), newest, deleted = await self._link.pipelined(
+            lambda pipe: (
+                pipe.hmget(self.TASK + task_id, "owner", "task")
+                .xrevrange(self.LOG + task_id, count=1)
+                .exists(self.DELETED + task_id)
+            )
+        )
+        last = self._number(newest)
+        lost = f"task {task_id} is not this replica's any more"
+        if task is None:
+            claim.lost = LeaseLost(f"{lost}: {'it was deleted' if deleted else self.LOST}")
+        elif last < claim.log_end or (last == claim.log_end and owner is None):
+            older = f"at event {last}, of {claim.log_end} that were stored"
+            claim.lost = StoreUnavailable(f"Redis is back in an older state, {older}")
+        else:
+            claim.lost = LeaseLost(f"{lost}: another took it over")
+        self._end(claim)
+        claim.tell(ClaimLost(claim.lost))
 
     async def release(self, claim: Claim) -> None:
         self._end(claim)
@@ -1873,7 +1985,9 @@ class RedisStore(Store):
         key = self.TASK + task_id
 
         async def release(pipe: Any) -> None:
-            if await pipe.hget(key, "owner") != self._replica:
+            status, owner = await pipe.hmget(key, "status", "owner")
+            # A run that did not end is for this replica to end: it knows why.
+            if owner != self._replica or status == TaskStatus.RUNNING:
                 await pipe.unwatch()
                 return
             pipe.multi()
@@ -1893,58 +2007,61 @@ class RedisStore(Store):
         if found:  # so that the next page has about PAGE_BYTES
             average = sum(len(entry["data"]) for _, entry in found) / len(found)
             self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
-        return [
-            Event(int(key.removesuffix("-0")), EventType(entry["type"]), entry["data"].encode())
-            for key, entry in found
-        ]
+        events: list[Event] = []
+        for key, entry in found:
+            number = int(key.removesuffix("-0"))
+            if events and number != events[-1].id + 1:
+                break
+            events.append(Event(number, EventType(entry["type"]), entry["data"].encode()))
+        return events
 
     async def sweep(self) -> Sweep:
         held = dict(self._claims)
-        await self._renew()
+        await self._beat(uuid.uuid4().hex)
         expired = await self._expired()
         orphans = []
-        for task_id, status, owner, alive in await self._started(held):
+        for task_id, status, owner in await self._started(held):
             claim = self._claims.get(task_id)
             if claim is not None:
                 if claim is held.get(task_id) and owner != self._replica:
-                    self._end(claim)
-                    claim.tell(ClaimLost(self._lost(task_id)))
+                    await self._lose(claim)
             elif task_id in held or task_id in self._claiming:  # that is newer than what was read
                 continue
             elif owner is None:
                 orphans += [task_id] if status == TaskStatus.RUNNING else []
-            elif not alive or owner == self._replica:
+            elif owner in self._dead or owner == self._replica:
                 orphans.append(task_id)
         await self._pass_on_cancels()
-        return Sweep(orphans if time.monotonic() > self._trust_from else (), expired)
+        return Sweep(orphans, expired)
 
-    async def _started(self, held: Collection[str]) -> list[tuple[str, Any, Any, bool]]:
-        """The tasks that were started or are held: status, owner, and whether that lives."""
-        running, claimed = await self._link.pipelined(
-            lambda pipe: pipe.zrange(f"{self.TASKS}:{TaskStatus.RUNNING}", 0, -1).smembers(
-                self.CLAIMED
+    async def _started(self, held: Collection[str]) -> list[tuple[str, Any, Any]]:
+        """The tasks that were started or are held: status and owner; looks which owners live."""
+        at = time.monotonic()
+        running, claimed, beats = await self._link.pipelined(
+            lambda pipe: (
+                pipe.zrange(f"{self.TASKS}:{TaskStatus.RUNNING}", 0, -1)
+                .smembers(self.CLAIMED)
+                .hgetall(self.REPLICAS)
             )
         )
         started = sorted({*running, *claimed, *held})
         tasks = await self._link.for_each(
             started, lambda pipe, task_id: pipe.hmget(self.TASK + task_id, "status", "owner")
         )
-        owners = sorted({owner for _, owner in tasks if owner})
-        leases = await self._link.for_each(
-            owners, lambda pipe, owner: pipe.exists(self.LEASE + owner)
+        owners = {owner for _, owner in tasks if owner}
+        self._look_who_lives(beats, owners, at)
+        unneeded = self._dead.keys() & beats.keys() - owners
+        await self._link.for_each(
+            list(unneeded), lambda pipe, replica: pipe.hdel(self.REPLICAS, replica)
         )
-        alive = dict(zip(owners, leases, strict=True))
-        return [
-            (task_id, status, owner, bool(alive.get(owner)))
-            for task_id, (status, owner) in zip(started, tasks, strict=True)
-        ]
+        return [(task_id, *found) for task_id, found in zip(started, tasks, strict=True)]
 
     async def _pass_on_cancels(self) -> None:
         cancels = await self._link.call(partial(self._link.redis.hgetall, self.CANCELS))
-        for task_id, answer in cancels.items():
+        for task_id, asked in cancels.items():
             claim = self._claims.get(task_id)
-            if answer == "asked" and claim is not None and claim.tell(CancelAsked()):
-                accept = partial(self._link.redis.hset, self.CANCELS, task_id, "accepted")
+            if asked != "accepted" and claim is not None and claim.tell(CancelAsked()):
+                accept = partial(self._accept, [self.CANCELS], [task_id, asked])
                 await self._link.call(accept)
 
     async def _expired(self) -> list[str]:
@@ -1969,7 +2086,7 @@ class RedisStore(Store):
     async def cancel(self, task_id: str) -> bool:
         end = time.monotonic() + 2 * self._lease  # by then its owner answers, or is none any more
         await self._link.pipelined(
-            lambda pipe: pipe.hsetnx(self.CANCELS, task_id, "asked").publish(self.NEWS, "")
+            lambda pipe: pipe.hsetnx(self.CANCELS, task_id, uuid.uuid4().hex).publish(self.NEWS, "")
         )
         while time.monotonic() < end:
             answer, owner = await self._link.pipelined(
@@ -2160,14 +2277,19 @@ class Broker:
             self._following.cancel()
 
     async def _follow_to(self, record: Record) -> None:
+        last = record.state.last_event_id
+        if last < self.state.last_event_id:  # what its clients have seen is not stored any more
+            older = f"its log ends at event {last}, and {self.state.last_event_id} were there"
+            again = f"the store is back in an older state: {older}; connect again"
+            self.close(StoreUnavailable(again))
+            raise StoreUnavailable(again)
         self._oldest = record.first_event_id
         while self.state.last_event_id < record.state.last_event_id:
             last = self.state.last_event_id
             events = Batch(await self.store.read(self.task.id, last, Subscription.PAGE))
-            if not events:
-                return
-            state = self.state._replace(last_event_id=events[-1].id)
-            if events[0].id != last + 1:  # too old to be kept: each client finds that it lags
+            newest = events[-1].id if events else record.state.last_event_id
+            state = self.state._replace(last_event_id=newest)
+            if events and events[0].id != last + 1:  # each client finds what it misses
                 events = NO_EVENTS
             self._adopt(state, events, self.task)
         state = record.state._replace(last_event_id=self.state.last_event_id)
@@ -2259,11 +2381,15 @@ class Subscription:
         self._last_sent = self._loop.time()
         self._state_version_sent = -1
         self._waiting = False  # for what is new: all there was is delivered
-        self._replaying = False  # a replay from the oldest event begins where that is by now
+        self._replaying = False  # until then a replay begins where the log does by now
         self._write: Callable[[bytes], bool] | None = None
         self._received: Batch = NO_EVENTS
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Batch](size)
+
+    async def begin(self) -> None:
+        """Reads the first page; where events behind the cursor are missing it starts after them."""
+        self._received = await self._logged(begins=True)
 
     def write_directly(self, write: Callable[[bytes], bool]) -> None:
         """Has frames written by `write` while the client waits; it returns False where the
@@ -2361,7 +2487,7 @@ class Subscription:
             return NO_EVENTS
         return Batch(batch[known:]) if known else batch
 
-    async def _logged(self) -> Batch:
+    async def _logged(self, begins: bool = False) -> Batch:
         """From the log, up to what the broker has handed over: what is stored beyond that is on
         its way.
         """
@@ -2369,18 +2495,31 @@ class Subscription:
         while self.cursor < broker.state.last_event_id:
             await anyio.lowlevel.checkpoint()  # a long replay lets others have their turn
             events = await broker.store.read(broker.task.id, self.cursor, self.PAGE)
-            if not events:
-                deleted = f"task {broker.task.id} not found: it was deleted"
-                raise broker.closing or TaskNotFound(deleted)
-            if events[0].id != self.cursor + 1 and (self.recovered or self._replaying):
-                lost = f"events {self.cursor + 1} to {events[0].id - 1} were dropped"
-                resume = f"connect again with after={self.cursor}"
-                raise SlowClient(f"{lost} before you read them; {resume}")
+            first = events[0].id if events else broker.state.last_event_id + 1
+            if first != self.cursor + 1:
+                if not begins and (self.recovered or self._replaying):
+                    raise await self._gap(first)
+                self.recovered = False
+                self.first_event_id = first
+                self.cursor = first - 1
+                continue
             beyond = max(0, events[-1].id - broker.state.last_event_id)
             if beyond < len(events):
                 self._replaying = True
                 return Batch(events[: len(events) - beyond])
         return NO_EVENTS
+
+    async def _gap(self, first: int) -> StreamerError:
+        """Why the log goes on at event `first`. Raises TaskNotFound where there is none."""
+        broker = self.broker
+        if broker.closing is not None:
+            return broker.closing
+        newest = (await broker.store.load(broker.task.id)).state.last_event_id
+        missing = f"events {self.cursor + 1} to {first - 1}"
+        resume = f"connect again with after={self.cursor}"
+        if first > newest - broker.settings.max_events + 1:
+            return StoreUnavailable(f"{missing} are missing in the log; {resume} for what follows")
+        return SlowClient(f"{missing} were dropped before you read them; {resume}")
 
 
 class Brokers:
@@ -5049,7 +5188,7 @@ class Execution:
         self._engine = engine
         self._scope = anyio.CancelScope()  # of the wait for its turn, then of that for its thread
         self._stop_reason: StopReason | None = None
-        self._decided = False  # how it ends: a cancel comes too late
+        self._decided = False  # how it ends, or that it goes on elsewhere: a cancel is too late
         self._published = 0
         if broker.claim is not None:
             broker.claim.listen(self._on_message)
@@ -5068,7 +5207,7 @@ class Execution:
         """
         if self._decided:
             return False
-        if self._stop_reason in (None, StopReason.TIMEOUT):
+        if self._stop_reason in (None, StopReason.TIMEOUT, StopReason.SHUTDOWN):
             self._stop_reason = reason
         seconds = 0.0
         if self.running:
@@ -5102,6 +5241,7 @@ class Execution:
             except Exception:  # a fault of this program ends this run, and no other
                 logger.exception("task id=%s fault", self.task_id)
                 outcome = Outcome(error=RunFailed("the server failed; its log says why"))
+            self._decided = True
             if outcome is not None:
                 await self._conclude(outcome)
         if not self.broker.ended:
@@ -5196,7 +5336,6 @@ class Execution:
 
     async def _conclude(self, outcome: Outcome) -> None:
         """Decides how it ended, once, and publishes that (guarantees 2, 6, 7)."""
-        self._decided = True
         settings = self._engine.settings
         mode = self._engine.mode
         status, kind, message = self._verdict(outcome)
@@ -5462,13 +5601,17 @@ class Supervisor:
         for _ in range(self.CANCEL_TRIES):
             execution = self._active.get(task_id)
             task = await self.get(task_id)
-            if execution is not None and execution.stop(StopReason.CANCEL):
-                return task
+            if execution is not None:
+                if execution.stop(StopReason.CANCEL):
+                    return task
+                await execution.done.wait()  # its end is stored, or another is to run it
+                continue
+            self._refuse_if_closing()
             if asked and task.status is TaskStatus.CANCELLED:
                 return task
-            if execution is not None or task.status in ENDED:
-                why = f"task {task_id} has ended or is about to ({task.status})"
-                raise TaskEnded(f"{why}: there is nothing to cancel")
+            if task.status in ENDED:
+                ended = f"task {task_id} has ended ({task.status})"
+                raise TaskEnded(f"{ended}: there is nothing to cancel")
             with anyio.CancelScope(shield=True):
                 broker = await self._brokers.claim(task_id, {TaskStatus.PENDING})
                 if broker is not None:
@@ -5532,6 +5675,7 @@ class Supervisor:
                     raise StoreUnavailable(uncertain)
                 subscription = broker.subscribe(after, types)
                 with self._counted(subscription, after):
+                    await subscription.begin()
                     self._follow(broker)
                     yield subscription
             finally:
@@ -5593,14 +5737,16 @@ class Supervisor:
     async def _following(self, broker: Broker) -> None:
         try:
             await broker.follow()
-        except TaskNotFound:
+        except TaskDeleted:
             await self._close_and_remove_files(broker.task.id)
+        except TaskNotFound:
+            lost = f"task {broker.task.id} not found: {self.store.LOST}; its files are kept"
+            self._brokers.close(broker.task.id, TaskNotFound(lost))
 
     async def _close_and_remove_files(self, task_id: str) -> None:
         """Of a task that is forgotten."""
         self._untold.pop(task_id, None)
-        deleted = TaskNotFound(f"task {task_id} not found: it was deleted")
-        self._brokers.close(task_id, deleted)
+        self._brokers.close(task_id, self.store.deleted(task_id))
         folder = self.settings.workspace / task_id
         await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
         if folder.exists():  # as without a descriptor left
@@ -5851,12 +5997,15 @@ async def get_events(request: Request) -> Response:
     limit = _whole(request.query_params, "limit", 1000, 1, 1000)
     state = await supervisor.state(task_id)
     events = await supervisor.store.read(task_id, after, limit)
-    last = events[-1].id if events else min(after, state.last_event_id)
+    last = events[-1].id if events else state.last_event_id
     wanted = [event.data for event in events if types is None or event.type in types]
     more = encode(last < state.last_event_id)
     found = b",".join(wanted).decode()
-    text = f'{{"events":[{found}],"last_event_id":{last},"has_more":{more}}}'
-    return Response(text, media_type="application/json")
+    text = f'{{"events":[{found}],"last_event_id":{last},"has_more":{more}'
+    first = events[0].id if events else last + 1
+    if first > after + 1:  # dropped, or lost by the store
+        text += f',"missing":[{after + 1},{first - 1}]'
+    return Response(text + "}", media_type="application/json")
 
 
 def _cursor(request: Request) -> int:

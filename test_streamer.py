@@ -1162,6 +1162,54 @@ class RedisServer:
             return client.execute_command(*command)
 
 
+class Proxy:
+    """A way to a Redis: what takes it later may come to another one, or what took it to none."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._swallowed = 0
+        self._listener = loopback()
+        self._listener.listen()
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.port))
+                number = len(self._pairs)
+                self._pairs.append((near, far))
+                for source, target in ((near, far), (far, near)):
+                    thread = threading.Thread(target=self._pass_on, args=(number, source, target))
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _pass_on(self, number: int, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for data in iter(partial(source.recv, 65536), b""):
+                if number >= self._swallowed:
+                    target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def swallow(self) -> None:
+        """All connections stay, and nothing comes through them any more."""
+        self._swallowed = len(self._pairs)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(TIMEOUT)
+        for each in (self._listener, *itertools.chain(*self._pairs)):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(TIMEOUT)
+        for each in (self._listener, *itertools.chain(*self._pairs)):
+            each.close()
+
+
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis"))
@@ -2055,7 +2103,7 @@ def test_replica_deletes_what_another_runs(tmp_path: Path, redis_server: RedisSe
         assert servers[0].says(f"task id={task_id} ")
         for client in (first, second):
             assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
-        assert redis_server("KEYS", f"*{task_id}*") == []
+        assert redis_server("KEYS", f"*{task_id}*") == [f"streamer:deleted:{task_id}"]
 
 
 @pytest.mark.parametrize("lease", [60, 1])
@@ -2137,6 +2185,374 @@ async def test_redis_cancel_is_what_the_holder_answers(redis_server: RedisServer
         assert told == [streamer.CancelAsked(), streamer.CancelAsked()]
 
 
+def test_redis_that_is_back_in_an_older_state_ends_the_run(tmp_path: Path) -> None:
+    """SAVE, kill -9 later, start: whoever watches hears why, the run is FAILED with that reason,
+    and the log has no hole.
+    """
+    server = RedisServer(tmp_path)
+    durable = ("--appendonly", "no")
+    server.start(*durable)
+    try:
+        with replicas(2, server, tmp_path) as (first, second):
+            task_id = first.client.create("0.01")
+            own = first.client.follow(task_id)
+            own.sees(20)
+            other = second.client.follow(task_id)
+            server("SAVE")
+            other.sees(50)
+            server.kill()
+            server.start(*durable)
+            seen = own.join()
+            other.join()
+            task = settled(second.client, task_id)
+            log = whole_log(second.client, task_id)
+            again = first.client.watch(task_id, f"after={len(seen)}")
+    finally:
+        server.kill()
+    assert [own.close_code, other.close_code] == [1013, 1013]
+    found = re.fullmatch(
+        r"the run was stopped: Redis is back in an older state, at event (\d+), of (\d+) that were "
+        r"stored; connect again with after=\2",
+        own.messages[-1]["data"]["message"],
+    )
+    assert found is not None, own.messages[-1]
+    older, newest = map(int, found.groups())
+    assert newest == len(seen)
+    assert "the store is back in an older state" in other.messages[-1]["data"]["message"]
+    assert task["status"] == "FAILED"
+    assert task["result_summary"].startswith("the run was stopped: Redis is back in an older state")
+    assert log[:-1] == seen[:older]
+    assert (log[-1]["event_id"], log[-1]["event_type"]) == (older + 1, "TASK_ERROR")
+    assert again.data("connected")[0]["recovered"] is False
+    assert again.events == log
+
+
+LOST = "the store has lost it (flushed, evicted, past max_age, or gone in a failure)"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("damage", "error", "reason"),
+    [
+        ("DEL streamer:log:a", "StoreUnavailable", "at event 0, of 3 that were"),
+        ("XDEL streamer:log:a 3-0", "StoreUnavailable", "at event 2, of 3 that were"),
+        ("HDEL streamer:task:a owner", "StoreUnavailable", "at event 3, of 3 that were"),
+        ("HSET streamer:task:a owner x", "LeaseLost", "another took it over"),
+        ("DEL streamer:task:a", "LeaseLost", LOST),
+        ("FLUSHALL", "LeaseLost", LOST),
+    ],
+)
+async def test_redis_write_follows_what_is_stored(
+    redis_server: RedisServer, damage: str, error: str, reason: str
+) -> None:
+    """Anything else is refused, with what was found; who claims it then goes on from there."""
+    redis_server("FLUSHALL")
+    async with opened(redis_url=redis_server.url, lease=1.0) as store:
+        await store.create(named("a"))
+        claim = await claimed(store, "a")
+        state = streamer.TaskState(task_id="a", last_event_id=3)
+        await claim.write(state, numbered(1, 3))
+        redis_server(*damage.split())
+        with pytest.raises(streamer.StreamerError, match=re.escape(reason)) as refused:
+            await claim.write(state._replace(last_event_id=4), numbered(4, 1))
+        assert type(refused.value).__name__ == error
+        with pytest.raises(streamer.StreamerError, match=re.escape(reason)):
+            await claim.write(state._replace(last_event_id=4), numbered(4, 1))
+        if error == "LeaseLost":
+            return
+        before = [event.id for event in await store.read("a", 0, 9)]
+        claim = await claimed(store, "a")
+        assert claim.record.state.last_event_id == 3
+        await claim.write(state._replace(last_event_id=4), numbered(4, 1))
+        kept = [event.id for event in await store.read("a", len(before), 9)]
+        assert [*before, *kept] == [*before, 4]
+        assert (await store.load("a")).first_event_id == [*before, 4][0]
+
+
+def test_redis_log_with_a_hole_is_read_around_it(tmp_path: Path, redis_server: RedisServer) -> None:
+    """A reader is told what is missing, and goes on behind it; a log that is gone is no riddle."""
+    redis_server("FLUSHALL")
+    with live(burst(50), tmp_path, redis_url=redis_server.url) as client:
+        task_id = client.create()
+        log = client.watch(task_id).events
+        for number in range(11, 21):
+            redis_server("XDEL", f"streamer:log:{task_id}", f"{number}-0")
+        cut = client.watch(task_id)
+        assert (cut.events, cut.close_code) == (log[:10], 1013)
+        missing = "events 11 to 20 are missing in the log; connect again with after=10"
+        assert cut.messages[-1]["data"]["message"] == f"{missing} for what follows"
+        for after in (10, 15):
+            rest = client.watch(task_id, f"after={after}")
+            greeting = rest.data("connected")[0]
+            assert (greeting["recovered"], greeting["first_event_id"]) == (False, 21)
+            assert (rest.events, rest.close_code) == (log[20:], 1000)
+        assert client.watch(task_id, "after=20").data("connected")[0]["recovered"] is True
+        path = f"/api/tasks/{task_id}/events"
+        resume = {"Accept": "text/event-stream", "Last-Event-ID": "10"}
+        stream = client.http.get(path, headers=resume).text
+        assert re.findall(r"^id: (\d+)", stream, re.MULTILINE) == [str(n) for n in range(21, 54)]
+        pages = [client.get(f"{path}?after={after}") for after in (0, 10, 15, 20)]
+        assert [page.get("missing") for page in pages] == [None, [11, 20], [16, 20], None]
+        assert [page["last_event_id"] for page in pages] == [10, 53, 53, 53]
+        assert whole_log(client, task_id) == log[:10] + log[20:]
+        redis_server("DEL", f"streamer:log:{task_id}")
+        assert client.get(path) == {
+            "events": [],
+            "last_event_id": 53,
+            "has_more": False,
+            "missing": [1, 53],
+        }
+        for after in (0, 30):
+            gone = client.watch(task_id, f"after={after}")
+            greeting = gone.data("connected")[0]
+            assert (greeting["recovered"], greeting["first_event_id"]) == (False, 54)
+            assert (gone.events, gone.close_code) == ([], 1000)
+            assert gone.last_state["status"] == "SUCCEEDED"
+
+
+@pytest.mark.anyio
+async def test_redis_record_that_is_lost_leaves_nothing_behind(redis_server: RedisServer) -> None:
+    """A task of the same id begins with an empty log; a list that is gone is made again."""
+    redis_server("FLUSHALL")
+    shared: dict[str, Any] = {"redis_url": redis_server.url, "lease": 1.0}
+    async with opened(**shared) as store:
+        await store.create(named("a"))
+        await start_stored(store, "a")
+        redis_server("DEL", "streamer:task:a")
+        await store.sweep()
+        await store.create(named("a"))
+        assert list(await store.read("a", 0, 9)) == []
+        claim = await start_stored(store, "a")
+        redis_server("DEL", "streamer:tasks", "streamer:tasks:RUNNING")
+        state = claim.record.state._replace(status=TaskStatus.FAILED, last_event_id=2)
+        await claim.write(state, numbered(2, 1), named("a", TaskStatus.FAILED))
+        assert [task.id for task in (await store.page(None, 0, 9))[0]] == ["a"]
+
+
+def test_redis_that_was_flushed_keeps_the_files(tmp_path: Path, redis_server: RedisServer) -> None:
+    """FLUSHALL in mid-run: its clients and the log hear that the store lost the task; nothing was
+    deleted.
+    """
+    with replicas(2, redis_server, tmp_path) as (first, second):
+        task_id = first.client.create("0.001")
+        waiting = first.client.create("0.001")
+        folder = tmp_path / "workspace" / task_id
+        folder.mkdir(parents=True)
+        witnesses = [server.client.follow(task_id) for server in (first, second)]
+        witnesses.append(second.client.follow(waiting, "start=false"))
+        for witness in witnesses[:2]:
+            witness.sees()
+        redis_server("FLUSHALL")
+        for witness in witnesses:
+            witness.join()
+            lost = f"task {witness.task_id} not found: {LOST}; its files are kept"
+            assert witness.messages[-1]["data"] == {"code": "task_not_found", "message": lost}
+            assert witness.close_code == 4404
+        assert first.says(f"task {task_id} is not this replica's any more: {LOST}")
+        assert folder.exists()
+        assert first.client.get("/healthz")["running"] == 0
+
+
+@pytest.mark.parametrize("lease", [20, 1])
+def test_redis_that_is_demoted_is_away(tmp_path: Path, lease: int) -> None:
+    """A primary becomes a replica while connections stay: within the lease the run goes on at the
+    one that took its place; beyond it the run ends, and says why.
+    """
+    with contextlib.ExitStack() as stack:
+        servers = [RedisServer(tmp_path / name) for name in "ab"]
+        for server in servers:
+            server.folder.mkdir()
+            server.start()
+            stack.callback(server.kill)
+        old, new = servers
+        new("REPLICAOF", "127.0.0.1", str(old.port))
+        proxy = Proxy(old.port)
+        stack.callback(proxy.close)
+        chosen: dict[str, Any] = {"redis_url": proxy.url, "lease": lease}
+        first, second = (stack.enter_context(busy(tmp_path, **chosen)) for _ in range(2))
+        task_id = first.client.create("0.001")
+        own = first.client.follow(task_id)
+        own.sees()
+        other = second.client.follow(task_id)
+        other.sees()
+        wait_until(lambda: new("INFO", "replication")["master_link_status"] == "up")
+        old("REPLICAOF", "127.0.0.1", "1")
+        own.until(lambda state: "takes no writes" in (state["error_message"] or ""))
+        health = first.client.http.get("/healthz")
+        assert (health.status_code, "takes no writes" in health.json()["store"]) == (503, True)
+        if lease == 1:
+            own.join()
+            reason = own.messages[-1]["data"]["message"]
+            assert reason.startswith("the run was stopped: the Redis at redis://127.0.0.1")
+        new("REPLICAOF", "NO", "ONE")
+        proxy.port = new.port
+        if lease == 20:
+            count = len(own.events) + 100
+            for witness in (own, other):
+                witness.sees(count)
+            assert second.client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+            log = own.join()
+            assert (log, own.close_code) == (other.join(), 1000)
+        else:
+            assert settled(second.client, task_id)["status"] == "FAILED"
+            log = other.join()
+            assert log[: len(own.events)] == own.events
+        wait_until(lambda: first.client.http.get("/healthz").status_code == 200)
+        assert whole_log(first.client, task_id) == log
+        assert [event["event_id"] for event in log] == list(range(1, len(log) + 1))
+
+
+@pytest.mark.anyio
+async def test_redis_news_come_again_where_the_way_was_swallowed(redis_server: RedisServer) -> None:
+    """A subscription that stays, and that nothing comes through, is made anew."""
+
+    def subscribers() -> set[str]:
+        clients = str(redis_server("CLIENT", "LIST", "TYPE", "pubsub"))
+        return set(re.findall(r"^id=(\d+)", clients, re.MULTILINE))
+
+    redis_server("FLUSHALL")
+    proxy = Proxy(redis_server.port)
+    try:
+        async with opened(redis_url=proxy.url, lease=0.5) as store:
+            with anyio.fail_after(TIMEOUT):
+                while not subscribers():
+                    await store.pause(0.05)
+                before = subscribers()
+                proxy.swallow()
+                while not subscribers() - before:
+                    await store.pause(0.05)
+    finally:
+        proxy.close()
+
+
+def test_redis_that_evicts_is_warned_of(tmp_path: Path, redis_server: RedisServer) -> None:
+    """In the log and in /healthz, by the setting's name; what Redis keeps is as good as ever."""
+    redis_server("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+    try:
+        with busy(tmp_path, redis_url=redis_server.url) as server:
+            health = server.client.get("/healthz")
+            warning = "has maxmemory-policy volatile-lru: when its memory is full it drops tasks"
+            assert (health["status"], warning in health["store"]) == ("ok", True)
+            assert server.says(warning)
+    finally:
+        redis_server("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+@pytest.mark.anyio
+async def test_redis_replica_lives_while_it_says_so(redis_server: RedisServer) -> None:
+    """What Redis lost of it does not end its runs; when it says nothing any more they are
+    orphans, and at once when it left.
+    """
+    redis_server("FLUSHALL")
+    shared: dict[str, Any] = {"redis_url": redis_server.url, "lease": 0.5}
+    async with opened(**shared) as other:
+        async with opened(**shared) as store:
+            await store.create(named("a"))
+            claim = await start_stored(store, "a")
+            end = time.monotonic() + 4 * 0.5
+            while time.monotonic() < end:
+                redis_server("DEL", "streamer:replicas")
+                assert list((await other.sweep()).orphans) == []
+                assert await other.claim("a", {TaskStatus.RUNNING}) is None
+                await store.sweep()
+                assert list((await other.sweep()).orphans) == []
+                await other.pause(0.05)
+            state = claim.record.state._replace(status=TaskStatus.RUNNING, last_event_id=2)
+            await claim.write(state, numbered(2, 1))
+            redis_server("DEL", "streamer:replicas")
+            with anyio.fail_after(TIMEOUT):
+                while list((await other.sweep()).orphans) != ["a"]:
+                    await other.pause(0.05)
+            await store.sweep()
+            assert list((await other.sweep()).orphans) == []
+        assert list((await other.sweep()).orphans) == ["a"]
+        assert redis_server("HLEN", "streamer:replicas") == 2
+        assert await other.claim("a", {TaskStatus.RUNNING}) is not None
+        await other.sweep()
+        assert redis_server("HLEN", "streamer:replicas") == 1
+
+
+@pytest.mark.anyio
+async def test_redis_cancel_races_success_on_another_replica(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """96 times: what is acknowledged there is CANCELLED here; what is refused has ended."""
+    redis_server("FLUSHALL")
+    settings = Settings(workspace=tmp_path, test_mode=True, redis_url=redis_server.url, lease=2.0)
+    chance = random.Random(7)
+
+    def runner(run: Run) -> dict[str, Any]:
+        run.wait(float(run.prompt))
+        return {}
+
+    first, second = (
+        streamer.Supervisor(settings, streamer.RedisStore(settings), runner) for _ in range(2)
+    )
+    ends = Counter[tuple[str, str]]()
+
+    async def race(seconds: float) -> None:
+        task, _ = await first.submit(str(seconds), "t", streamer.parse_options({}, 60))
+        async with first.watch(task.id) as subscription:
+            await first.start(task.id)
+            await anyio.sleep(chance.random() * 0.06)
+            answer = "accepted"
+            try:
+                await second.cancel(task.id)
+            except streamer.TaskEnded:
+                answer = "refused"
+            kinds = [event.type async for delivery in subscription for event in delivery.events]
+        ends[answer, next(kind for kind in kinds if kind in TERMINAL)] += 1
+
+    async with first.open(), second.open():
+        for _ in range(12):
+            async with anyio.create_task_group() as group:
+                for _ in range(8):
+                    group.start_soon(race, chance.random() * 0.1)
+    assert set(ends) == {("accepted", "TASK_CANCELLED"), ("refused", "TASK_COMPLETE")}
+    assert sum(ends.values()) == 96
+
+
+@pytest.mark.anyio
+async def test_redis_cancel_of_what_is_handed_back(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """A replica stops while what waits there is cancelled through either: answered is done."""
+    redis_server("FLUSHALL")
+    settings = Settings(
+        workspace=tmp_path, test_mode=True, redis_url=redis_server.url, lease=1.0, max_running=1
+    )
+    gate = Gate()
+    accepted: list[str] = []
+
+    async def cancel(supervisor: streamer.Supervisor, task_id: str) -> None:
+        with contextlib.suppress(
+            streamer.StoreUnavailable, streamer.ServerClosing, streamer.TaskEnded
+        ):
+            await supervisor.cancel(task_id)
+            accepted.append(task_id)
+
+    first = streamer.Supervisor(settings, streamer.RedisStore(settings), gate)
+    second = streamer.Supervisor(settings, streamer.RedisStore(settings), lambda run: {})
+    options = streamer.parse_options({}, 60)
+    async with second.open():
+        async with anyio.create_task_group() as group, first.open():
+            ids = [(await first.submit("p", "t", options))[0].id for _ in range(12)]
+            for task_id in ids:
+                await first.start(task_id)
+            for number, task_id in enumerate(ids[1:]):
+                group.start_soon(cancel, (first, second)[number % 2], task_id)
+                if number == 5:
+                    group.start_soon(first.close)
+        ends = {}
+        for task_id in ids:
+            async with second.watch(task_id) as subscription:
+                async for _ in subscription:
+                    pass
+            ends[task_id] = (await second.get(task_id)).status
+    assert {ends[task_id] for task_id in accepted} == {TaskStatus.CANCELLED}
+    assert accepted
+
+
 @pytest.mark.anyio
 async def test_redis_claim_of_a_replica_that_slept_is_lost(redis_server: RedisServer) -> None:
     """Its holder is told at its next sweep, and writes nothing more."""
@@ -2156,6 +2572,7 @@ async def test_redis_claim_of_a_replica_that_slept_is_lost(redis_server: RedisSe
         with anyio.fail_after(TIMEOUT):
             while taken is None:
                 await other.pause(0.05)
+                await other.sweep()
                 taken = await other.claim("a", {TaskStatus.PENDING})
         await slept.sweep()
         assert [type(message) for message in told] == [streamer.ClaimLost]
@@ -2199,7 +2616,7 @@ def test_redis_that_is_full_ends_the_run(tmp_path: Path, redis_server: RedisServ
 
 
 def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) -> None:
-    """A hash and a stream a task, two lists of them, a lease; after 100 tasks as many as
+    """A hash and a stream a task, two lists of them, the replicas; after 100 tasks as many as
     max_tasks allows.
 
     That is five times max_tasks; nothing stays of the 80 that went, as each key's size is exact.
@@ -2220,20 +2637,19 @@ def test_redis_keys_are_few_and_go(tmp_path: Path, redis_server: RedisServer) ->
             "task": 20,
             "log": 20,
             "tasks": 2,
-            "lease": 1,
+            "replicas": 1,
+            "deleted": 80,
         }
-        expiring = [key for key in keys if not key.startswith("streamer:tasks")]
+        expiring = [key for key in keys if key.split(":")[1] in ("task", "log", "deleted")]
         assert all(0 < redis_server("TTL", key) <= 1000 for key in expiring)
         size = {"task": "HLEN", "log": "XLEN", "tasks": "ZCARD"}
-        kinds = [(key.split(":")[1], key) for key in keys if ":lease:" not in key]
+        kinds = [(key.split(":")[1], key) for key in keys if key.split(":")[1] in size]
         assert Counter((kind, redis_server(size[kind], key)) for kind, key in kinds) == {
             ("task", 3): 20,
             ("log", 10): 20,
             ("tasks", 20): 2,
         }
-    assert [
-        key for key in redis_server("KEYS", "streamer:lease:*") if redis_server("PTTL", key) < 0
-    ] == []
+    assert list(redis_server("HGETALL", "streamer:replicas").values()) == ["left"]
 
 
 # -----------------------------------------------------------------------------
