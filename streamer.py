@@ -1973,7 +1973,7 @@ class RedisStore(Store):
             claim.lost = LeaseLost(f"{lost}: {'it was deleted' if deleted else self.LOST}")
         elif last < claim.log_end or (last == claim.log_end and owner is None):
             older = f"at event {last}, of {claim.log_end} that were stored"
-            claim.lost = StoreUnavailable(f"Redis is back in an older state, {older}")
+            claim.lost = StoreUnavailable(f"Redis has lost what was stored: it is {older}")
         else:
             claim.lost = LeaseLost(f"{lost}: another took it over")
         self._end(claim)
@@ -2280,7 +2280,7 @@ class Broker:
         last = record.state.last_event_id
         if last < self.state.last_event_id:  # what its clients have seen is not stored any more
             older = f"its log ends at event {last}, and {self.state.last_event_id} were there"
-            again = f"the store is back in an older state: {older}; connect again"
+            again = f"the store has lost what was stored: {older}; connect again"
             self.close(StoreUnavailable(again))
             raise StoreUnavailable(again)
         self._oldest = record.first_event_id

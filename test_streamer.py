@@ -2211,16 +2211,16 @@ def test_redis_that_is_back_in_an_older_state_ends_the_run(tmp_path: Path) -> No
         server.kill()
     assert [own.close_code, other.close_code] == [1013, 1013]
     found = re.fullmatch(
-        r"the run was stopped: Redis is back in an older state, at event (\d+), of (\d+) that were "
-        r"stored; connect again with after=\2",
+        r"the run was stopped: Redis has lost what was stored: it is at event (\d+), of (\d+) that "
+        r"were stored; connect again with after=\2",
         own.messages[-1]["data"]["message"],
     )
     assert found is not None, own.messages[-1]
     older, newest = map(int, found.groups())
     assert newest == len(seen)
-    assert "the store is back in an older state" in other.messages[-1]["data"]["message"]
+    assert "the store has lost what was stored" in other.messages[-1]["data"]["message"]
     assert task["status"] == "FAILED"
-    assert task["result_summary"].startswith("the run was stopped: Redis is back in an older state")
+    assert task["result_summary"].startswith("the run was stopped: Redis has lost what was stored")
     assert log[:-1] == seen[:older]
     assert (log[-1]["event_id"], log[-1]["event_type"]) == (older + 1, "TASK_ERROR")
     assert again.data("connected")[0]["recovered"] is False
