@@ -75,6 +75,7 @@ import abc
 import argparse
 import ast
 import asyncio
+import builtins
 import codecs
 import contextlib
 import copy
@@ -87,6 +88,7 @@ import hmac
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -116,6 +118,7 @@ import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -213,6 +216,7 @@ class Settings:
     )
     port: int = _setting(8000, "port to listen on; 0 takes a free one", low=0)
     test_mode: bool = _setting(False, "play a scripted team: no MetaGPT, no key")
+    teams: tuple[str, ...] = _setting((), "teams of your own: name=module:function,…")
     price: tuple[float, ...] = _setting(
         (),
         "$ for a million prompt and completion tokens, if unknown: 1.25,10",
@@ -252,6 +256,9 @@ class Settings:
     task_timeout: float = _setting(3600.0, "seconds a task may run", low=0.05)
     model_timeout: float = _setting(
         300.0, "seconds a model may stay silent before it is asked again", low=0.05
+    )
+    answer_timeout: float = _setting(
+        86400.0, "seconds a person has to answer a question of the team", low=0.05
     )
     max_age: float = _setting(
         604800.0, "seconds until a task that does not run is forgotten", low=1
@@ -300,6 +307,11 @@ class Settings:
             if parse_host(host) != (host.strip("[]").lower(), None):
                 words = "names or addresses without a port"
                 raise SettingsError(f"allowed_hosts must be {words}, not {host!r}")
+        several = len({team.partition("=")[0] for team in self.teams}) < len(self.teams)
+        for team in self.teams:
+            if several or not re.fullmatch(r"[A-Za-z][\w-]*=[A-Za-z_][\w.]*:[A-Za-z_]\w*", team):
+                words = "name=module:function,…, each name once"
+                raise SettingsError(f"teams must be {words}, not {','.join(self.teams)}")
         if self.db and self.redis_url:
             raise SettingsError("db and redis_url are two places for the same log: set one of them")
         try:  # MetaGPT's git library changes the process's current folder while it works
@@ -462,6 +474,7 @@ class TaskNotFound(StreamerError, code="task_not_found", status=404, close_code=
 class ArtifactNotFound(StreamerError, code="artifact_not_found", status=404, close_code=4404): ...
 class RequestTimeout(StreamerError, code="request_timeout", status=408, close_code=1008): ...
 class TaskEnded(StreamerError, code="task_ended", status=409, close_code=1008): ...
+class QuestionClosed(StreamerError, code="question_closed", status=409, close_code=1008): ...
 class TaskExists(StreamerError, code="task_exists", status=409, close_code=1008): ...
 class PayloadTooLarge(StreamerError, code="payload_too_large", status=413, close_code=1009): ...
 class UnsupportedMediaType(
@@ -493,7 +506,10 @@ class RunFailed(StreamerError, code="run_failed"):
 
 
 class RunCancelled(BaseException):
-    """Raised in a runner's thread by `Run.check_cancelled`; no `except Exception` swallows it."""
+    """Raised in a runner's thread by `Run.check_cancelled`; no `except Exception` swallows it.
+
+    A runner that raises it ends its task CANCELLED, with the text as the reason.
+    """
 
 
 # -----------------------------------------------------------------------------
@@ -508,6 +524,8 @@ class EventType(StrEnum):
     MESSAGE = "MESSAGE"
     TOKEN = "TOKEN"
     REASONING = "REASONING"
+    QUESTION = "QUESTION"
+    ANSWER = "ANSWER"
     ARTIFACT = "ARTIFACT"
     LOG = "LOG"
     ERROR = "ERROR"
@@ -517,8 +535,12 @@ class EventType(StrEnum):
     TASK_CANCELLED = "TASK_CANCELLED"
 
 
-# What a runner may emit; the others are the supervisor's.
-RUNNER_TYPES = {kind.value: kind for kind in EventType if not kind.startswith("TASK_")}
+# What a runner may emit; the others are the supervisor's, or come of `Run.ask`.
+RUNNER_TYPES = {
+    kind.value: kind
+    for kind in EventType
+    if not kind.startswith("TASK_") and kind not in (EventType.QUESTION, EventType.ANSWER)
+}
 
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -756,12 +778,18 @@ NO_COST: Mapping[str, Any] = {
     "completion_tokens": 0,
     "total_cost": 0.0,
     "max_budget": 0.0,
+    "by_role": {},  # the first three of each
 }
 
 
 def add_costs(earlier: Mapping[str, Any], cost: Mapping[str, Any]) -> Mapping[str, Any]:
     """What both came to, unknown where one of them is; the budget is the second's."""
     total = dict(cost)
+    if "by_role" in cost:
+        total["by_role"] = dict(earlier.get("by_role", {}))
+        for role, own in cost["by_role"].items():
+            before = total["by_role"].get(role)
+            total["by_role"][role] = add_costs(before, own) if before else own
     for name in ("prompt_tokens", "completion_tokens"):
         total[name] = earlier[name] + cost[name]
     if None in (earlier["total_cost"], cost["total_cost"]):
@@ -793,6 +821,7 @@ class TaskState(NamedTuple):
     final_result: Mapping[str, Any] | None = None
     cost: Mapping[str, Any] = NO_COST  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
+    question: Mapping[str, Any] | None = None  # that a person is asked
 
     def after(
         self, drafts: Sequence[Draft], changes: Mapping[str, Any], last_event_id: int
@@ -802,6 +831,12 @@ class TaskState(NamedTuple):
         for draft in drafts:
             if draft.type is EventType.AGENT_START:
                 values["current_agent"] = draft.agent_role
+            elif draft.type is EventType.QUESTION:
+                asked = json.loads(draft.payload)
+                asked["message"] = asked["message"][:4000]  # a state is sent often
+                values["question"] = {**asked, "agent_role": draft.agent_role}
+            elif draft.type is EventType.ANSWER:
+                values["question"] = None
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
         values |= changes
@@ -813,6 +848,8 @@ class TaskState(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         data = self._asdict()
         del data["waiting"]
+        if self.question is None:
+            del data["question"]
         if self.waiting is not None:
             role, action, since = self.waiting
             data["waiting_on"] = {
@@ -847,9 +884,20 @@ def _is_rounds(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 50
 
 
+def _is_name(value: Any) -> bool:
+    return type(value) is str and 1 <= len(value) <= 64
+
+
+def _is_names(value: Any) -> bool:
+    return type(value) is list and len(value) <= 50 and all(map(_is_name, value))
+
+
 def _is_project_name(value: Any) -> bool:
     return type(value) is str and re.fullmatch(r"[A-Za-z]\w{0,63}", value, re.ASCII) is not None
 
+
+# The actions of the software company, after which a person can be asked.
+APPROVABLE = ("WritePRD", "WriteDesign", "WriteTasks", "WriteCode", "WriteTest")
 
 OPTIONS: Mapping[str, Option] = {
     "n_round": Option(5, "a whole number from 1 to 50", _is_rounds),
@@ -862,11 +910,16 @@ OPTIONS: Mapping[str, Option] = {
         None, "a letter, then up to 63 letters, digits and underscores", _is_project_name
     ),
     "timeout": Option(None, "a number of seconds above 0", _is_amount),  # the setting task_timeout
+    "team": Option(None, "the name of a team", _is_name),
+    "approve": Option([], f"a list of actions, of {', '.join(APPROVABLE)}", _is_names),
 }
 
 
 def parse_options(
-    given: Any, task_timeout: float, named: Callable[[str], str] = "options.{}".format
+    given: Any,
+    task_timeout: float,
+    named: Callable[[str], str] = "options.{}".format,
+    teams: Collection[str] = (),
 ) -> dict[str, Any]:
     """All of OPTIONS, with defaults. Raises InvalidRequest, which names the option by `named`."""
     if not isinstance(given, dict):
@@ -887,7 +940,30 @@ def parse_options(
     if options["timeout"] > task_timeout:
         limit = f"{task_timeout:g} s, the server's task_timeout"
         raise InvalidRequest(f"{named('timeout')} must be at most {limit}")
+    team = options["team"]
+    if team is not None and team not in teams:
+        known = f"one of {', '.join(teams)}" if teams else "left out: the setting teams names none"
+        raise InvalidRequest(f"{named('team')} must be {known}, not {quoted(team)}")
+    for action in options["approve"]:
+        if team is None and action not in APPROVABLE:  # those of others are known when they run
+            known = f"the actions are {', '.join(APPROVABLE)}"
+            raise InvalidRequest(f"{named('approve')}: {quoted(action)} is unknown; {known}")
     return options
+
+
+def chosen(question: Mapping[str, Any], answer: str) -> str:
+    """The choice that an answer means, or the answer where it may be any text.
+
+    Raises InvalidRequest, which names the choices.
+    """
+    choices = question["choices"] or ()
+    for choice in choices:
+        if choice.casefold() == answer.strip().casefold():
+            return str(choice)
+    if choices and not question["free_text"]:
+        known = ", ".join(choices)
+        raise InvalidRequest(f"answer must be one of {known}, not {quoted(answer)}")
+    return answer
 
 
 def kind_of(value: Any) -> str:
@@ -948,7 +1024,14 @@ class CancelAsked(NamedTuple):
     """Another process was asked to cancel the task."""
 
 
-ClaimMessage = ClaimLost | CancelAsked
+class AnswerGiven(NamedTuple):
+    """A person answered, through another process."""
+
+    question_id: str
+    text: str
+
+
+ClaimMessage = ClaimLost | CancelAsked | AnswerGiven
 
 
 class Claim:
@@ -1070,6 +1153,10 @@ class Store(abc.ABC):
     async def cancel(self, task_id: str) -> bool:
         """Asks the process that runs a task to cancel it; False where there is no other."""
         await anyio.sleep(0.02)  # the claim that was in the way is about to become a run
+        return False
+
+    async def answer(self, task_id: str, answer: AnswerGiven) -> bool:
+        """Hands an answer to the process that runs a task; False where nobody takes it."""
         return False
 
     async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
@@ -1686,6 +1773,8 @@ class RedisStore(Store):
     REPLICAS = "streamer:replicas"  # a hash: the beat of each replica
     LEFT = "left"  # the beat of one that was stopped
     PATIENCE = 0.6  # of a lease: with two sweeps, one before and one after, it is a lease
+    ANSWERS = "streamer:answers:"  # a list: answers for the tasks of a replica
+    TAKEN = "streamer:taken:"  # whether an answer was taken
     NEWS = "streamer:news"  # a channel: the task that was written to; nothing: a sweep is asked for
     WRITE = """
     local task, log, tasks, claimed, cancels = unpack(KEYS)
@@ -2032,6 +2121,7 @@ class RedisStore(Store):
             elif owner in self._dead or owner == self._replica:
                 orphans.append(task_id)
         await self._pass_on_cancels()
+        await self._pass_on_answers()
         return Sweep(orphans, expired)
 
     async def _started(self, held: Collection[str]) -> list[tuple[str, Any, Any]]:
@@ -2063,6 +2153,18 @@ class RedisStore(Store):
             if asked != "accepted" and claim is not None and claim.tell(CancelAsked()):
                 accept = partial(self._accept, [self.CANCELS], [task_id, asked])
                 await self._link.call(accept)
+
+    async def _pass_on_answers(self) -> None:
+        key = self.ANSWERS + self._replica
+        answers, _ = await self._link.pipelined(
+            lambda pipe: pipe.lrange(key, 0, -1).delete(key), transaction=True
+        )
+        for text in answers:
+            task_id, number, *answer = json.loads(text)
+            claim = self._claims.get(task_id)
+            taken = claim is not None and claim.tell(AnswerGiven(*answer))
+            tell = partial(self._link.redis.set, self.TAKEN + number, int(taken), nx=True, ex=60)
+            await self._link.call(tell)
 
     async def _expired(self) -> list[str]:
         """The tasks whose hash has expired; takes them out of the lists."""
@@ -2099,6 +2201,26 @@ class RedisStore(Store):
             await anyio.sleep(0.02)
         await self._link.call(partial(self._link.redis.hdel, self.CANCELS, task_id))
         return False
+
+    async def answer(self, task_id: str, answer: AnswerGiven) -> bool:
+        owner = await self._link.call(partial(self._link.redis.hget, self.TASK + task_id, "owner"))
+        if owner is None:
+            return False
+        key = self.ANSWERS + owner
+        number = uuid.uuid4().hex
+        text = encode([task_id, number, *answer])
+        await self._link.pipelined(
+            lambda pipe: (
+                pipe.rpush(key, text).expire(key, math.ceil(2 * self._lease)).publish(self.NEWS, "")
+            )
+        )
+        end = time.monotonic() + 2 * self._lease  # by then its owner takes it, or is none any more
+        while time.monotonic() < end:
+            taken = await self._link.call(partial(self._link.redis.get, self.TAKEN + number))
+            if taken is not None:
+                return bool(int(taken))
+            await anyio.sleep(0.02)
+        raise StoreUnavailable(f"whoever runs task {task_id} does not answer; see its state")
 
     async def changes(self, task_id: str) -> AsyncGenerator[None, None]:
         event = asyncio.Event()
@@ -2704,6 +2826,11 @@ class Run:
         self.outbox = Outbox()
         self.max_event_bytes = settings.max_event_bytes
         self.model_timeout = settings.model_timeout
+        self.answer_timeout = settings.answer_timeout
+        self.progress = 0.0  # as it was reported last
+        self._asking = threading.Condition()
+        self._question_id = ""  # of the question that is open
+        self._answer: str | None = None
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -2742,15 +2869,70 @@ class Run:
         """
         if progress is not None and not math.isfinite(progress):
             raise ValueError(f"progress must be a number from 0 to 1, not {progress}")
-        given: dict[str, Any] = {} if progress is None else {"progress": progress}
+        given: dict[str, Any] = {}
+        if progress is not None:
+            self.progress = given["progress"] = progress
         if cost is not None:
-            numbers = {name: cost.get(name, 0) or 0 for name in NO_COST}
-            own = {name: value if math.isfinite(value) else 0 for name, value in numbers.items()}
-            if cost.get("total_cost", 0) is None:
-                own["total_cost"] = None
-            self.own_cost = own
+            roles = cost.get("by_role", {}).items()
+            by_role = {str(jsonable(role)): self._whole_cost(own) for role, own in roles}
+            self.own_cost = {**self._whole_cost(cost, "max_budget"), "by_role": by_role}
             given["cost"] = self.cost
         self.outbox.put(given)
+
+    @staticmethod
+    def _whole_cost(cost: Mapping[str, Any], *more: str) -> dict[str, Any]:
+        names = ("prompt_tokens", "completion_tokens", "total_cost", *more)
+        numbers = {name: cost.get(name, 0) or 0 for name in names}
+        whole = {name: value if math.isfinite(value) else 0 for name, value in numbers.items()}
+        if cost.get("total_cost", 0) is None:
+            whole["total_cost"] = None
+        return whole
+
+    def ask(
+        self,
+        question: str,
+        choices: Sequence[str] | None = None,
+        agent_role: str | None = None,
+        *,
+        free_text: bool = False,
+    ) -> str:
+        """Asks the people who watch, and waits for the first answer; the clock of the task stands.
+
+        It is one of `choices`, or with `free_text` any other text too. Several threads are heard
+        one after the other. Raises RunCancelled, and RunFailed after `answer_timeout` seconds.
+        """
+        question_id = uuid.uuid4().hex[:8]  # which no max_event_bytes cuts
+        asked = {
+            "message": str(question),
+            "question_id": question_id,
+            "choices": [*map(str, choices)] if choices else None,
+            "free_text": free_text or not choices,
+        }
+        most = self.max_event_bytes // 32
+        if choices and (max(map(len, choices)) > most or len("".join(choices)) > 4 * most):
+            words = f"at most {most} characters each, and {4 * most} in all"
+            raise ValueError(f"choices must have {words} (max_event_bytes)")
+        ended = self._cancelled.is_set
+        with self._asking:
+            self._asking.wait_for(lambda: not self._question_id or ended())
+            self.check_cancelled()
+            self._question_id = question_id
+        self.outbox.put(self.draft(EventType.QUESTION, asked, agent_role))
+        with self._asking:
+            self._asking.wait_for(lambda: self._answer or ended(), self.answer_timeout)
+            answer = self._answer
+            self._question_id = ""
+            self._answer = None
+            self._asking.notify_all()
+        if answer is None:
+            self.outbox.put({"question": None})
+            self.check_cancelled()
+            seconds = f"{self.answer_timeout:g} s, the setting answer_timeout"
+            raise RunFailed(f"nobody answered within {seconds}: {quoted(str(question))}")
+        self.outbox.put(
+            self.draft(EventType.ANSWER, {"message": answer, "question_id": question_id})
+        )
+        return answer
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -2802,6 +2984,15 @@ class Run:
 
     # For its execution
 
+    def answer(self, answer: AnswerGiven) -> bool:
+        """Whether that question is open: it is answered once."""
+        with self._asking:
+            if answer.question_id != self._question_id or self._answer is not None:
+                return False
+            self._answer = answer.text
+            self._asking.notify_all()
+            return True
+
     def draft(
         self, kind: EventType, payload: Mapping[str, Any], agent_role: str | None = None
     ) -> Draft:
@@ -2818,6 +3009,8 @@ class Run:
 
     def cancel(self) -> None:
         self._cancelled.set()
+        with self._asking:
+            self._asking.notify_all()
         for callback in self._callbacks:
             guarded(callback)
 
@@ -2907,17 +3100,33 @@ SCRIPT: Sequence[tuple[str, str, float, str, str]] = (
 )
 
 
+def ask_approval(run: Run, action: str, role: str, free_text: bool = True) -> str:
+    """What a person remarks on an action, nothing where it is approved.
+
+    Raises RunCancelled, with the person's word, where it is to stop.
+    """
+    ways = "continue, stop, or say what should be different" if free_text else "continue or stop"
+    question = f"{role} finished {action}: {ways}"
+    answer = run.ask(question, ("continue", "stop"), role, free_text=free_text)
+    if re.fullmatch(r"\s*stop\s*(:.*)?", answer, re.DOTALL | re.IGNORECASE):
+        raise RunCancelled(f"stopped by a person after {action}: {answer}")
+    return "" if answer == "continue" else answer
+
+
 def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
     """Test mode: the roles, events and state changes of a real run, without MetaGPT.
 
     An agent takes `seconds`.
     """
     needs = {"Engineer": "implement", "QaEngineer": "run_tests"}
+    remark = ""
     team = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
     cost = {**NO_COST, "max_budget": run.options["investment"]}
     run.emit("LOG", {"message": "test mode: a scripted team, not MetaGPT", "level": "INFO"})
     for index, (role, action, progress, path, text) in enumerate(team):
         text = text.replace("{prompt}", run.prompt)
+        if remark:
+            text += f"\nAs a person remarked: {remark}\n"
         call = {"action": action, "call_id": uuid.uuid4().hex[:12]}
         run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
         run.update(cost=cost)
@@ -2944,6 +3153,8 @@ def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
         }
         run.emit("MESSAGE", message, role)
         run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
+        if action in run.options["approve"]:
+            remark = ask_approval(run, action, role)
     result = {"mode": "test", "end_reason": "idle", "rounds": len(team)}
     return {**result, "files": run.report_files(), "cost": run.cost}
 
@@ -3255,6 +3466,9 @@ ENGINE_NAMES: Mapping[str, str] = {
     "RunCode": "metagpt.actions.run_code",
     "config": "metagpt.config2",
     "Context": "metagpt.context",
+    "Environment": "metagpt.environment",
+    "HumanProvider": "metagpt.provider",
+    "HumanInteraction": "metagpt.utils.human_interaction",
     "set_llm_stream_logfunc": "metagpt.logs",
     "LLM_REGISTRY": "metagpt.provider.llm_provider_registry",
     "openai_api": "metagpt.provider",
@@ -3803,6 +4017,12 @@ MOST_BYTES = 1 << 26  # of an answer's body; an answer of 100,000 tokens has hal
 COMPRESSION = 100  # a packed body may be this much shorter, and unpack to ten times MOST_BYTES
 
 
+@functools.cache
+def _tls() -> Any:
+    """Loading the certificates is most of what it takes to make a client; once is enough."""
+    return importlib.import_module("httpx2").create_ssl_context()
+
+
 def _http_client(**options: Any) -> Any:
     """An HTTP client for model servers.
 
@@ -3833,7 +4053,8 @@ def _http_client(**options: Any) -> Any:
         )
 
     headers = {"Accept-Encoding": "identity"}
-    return httpx.AsyncClient(headers=headers, event_hooks={"response": [bound]}, **options)
+    hooks = {"response": [bound]}
+    return httpx.AsyncClient(verify=_tls(), headers=headers, event_hooks=hooks, **options)
 
 
 async def _documents(response: Any) -> AsyncGenerator[Any, None]:
@@ -4011,10 +4232,11 @@ class _Speaker:
     """Who speaks in this coroutine: roles run concurrently, each in a context of its own."""
 
     team: _Team
-    role: str
+    role: str | None = None  # None: the team itself, before and between its roles' turns
     action: str | None = None
     call: _ModelCall | None = None
     answer: str = ""  # its model's last
+    acted: Any = None  # the action that it did last
 
 
 _speaker: ContextVar[_Speaker | None] = ContextVar("_speaker", default=None)
@@ -4030,7 +4252,7 @@ class _ModelCall:
         self.finish_reason = ""
         self.usage: dict[str, int] = {}
         self.characters = 0
-        self._on_output = on_output
+        self.on_output = on_output
         kinds = (EventType.TOKEN, EventType.REASONING)
         self._pieces: dict[EventType, list[str]] = {kind: [] for kind in kinds}
         # A server may cut a character into two surrogates: the first waits for the second here.
@@ -4055,7 +4277,7 @@ class _ModelCall:
         self._add(EventType.REASONING, chunk.reasoning)
         self._add(EventType.TOKEN, chunk.text)
         if chunk != Chunk():  # one that says nothing is no sign of life
-            self._on_output()
+            self.on_output()
 
     def _add(self, kind: EventType, text: str, last: bool = False) -> None:
         text = self._joined[kind].decode(text.encode("utf-16-le", "surrogatepass"), last)
@@ -4243,7 +4465,7 @@ class _ModelRequest:
         self._messages = messages
         self._stream = stream
         self._form = _RequestForm(model)
-        self._call = _ModelCall(speaker, self._on_output)
+        self._call = _ModelCall(speaker, self.on_output)
         self._watch: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -4274,13 +4496,13 @@ class _ModelRequest:
 
     async def _attempt(self) -> str:
         self.team.run.check_cancelled()
-        self.team.check_budget()
+        self.team.costs.check_budget()
         patience = self.team.run.model_timeout
         read = max(self._model.get_timeout(0), patience + self.LINGER)
         timeout = self.team.engine.Timeout(read, connect=self.CONNECT)
         arguments = self._api.arguments(self._model, self._messages, self._stream)
         answer = self._api.send(self._model, self._form.fit(arguments), timeout)
-        call = self._call = self.speaker.call = _ModelCall(self.speaker, self._on_output)
+        call = self._call = self.speaker.call = _ModelCall(self.speaker, self.on_output)
         try:
             async with asyncio.timeout(patience) as watch, contextlib.aclosing(answer) as documents:
                 self._watch = watch
@@ -4296,7 +4518,6 @@ class _ModelRequest:
             call.close()
             self.speaker.call = None
             self._book()
-            self.team.report_cost()
         self._check(call)
         self._form.keep()
         text = call.text.removesuffix("\n") if self._api.own_method else call.text
@@ -4315,7 +4536,7 @@ class _ModelRequest:
         if self._call.characters > self._form.most_characters:
             raise _endless()
 
-    def _on_output(self) -> None:
+    def on_output(self) -> None:
         """Called for each chunk: the model is not silent, and has its time again."""
         loop = asyncio.get_running_loop()
         self.heard_at = time.time()
@@ -4397,7 +4618,7 @@ class _ModelRequest:
             usage.setdefault("completion_tokens", estimate)
             if not call.finish_reason:  # what a server counts before the end is its beginning
                 usage["completion_tokens"] = max(usage["completion_tokens"], estimate)
-        self.team.engine.BaseLLM._update_costs(self._model, usage)
+        self.team.costs.book(self.speaker.role, self._model.config, usage)
 
 
 # -----------------------------------------------------------------------------
@@ -4559,15 +4780,76 @@ def _mend_action_names(engine: types.SimpleNamespace) -> None:
     async def named(method: Callable[..., Any], action: Any, *args: Any, **kwargs: Any) -> Any:
         speaker = _speaker.get()
         if speaker:
-            speaker.action = type(action).__name__
+            speaker.action = _action_name(action)
         result = await method(action, *args, **kwargs)
         if speaker:
-            speaker.team.finished(type(action).__name__)
+            speaker.team.finished(_action_name(action))
         return result
 
-    for action in _subclasses(engine.Action):
-        if "run" in vars(action):
-            _patch(action, "run", named)
+    def watch(kind: Any) -> None:
+        if inspect.iscoroutinefunction(vars(kind).get("run")):
+            _patch(kind, "run", named)
+
+    for action in (engine.Action, *_subclasses(engine.Action)):
+        watch(action)
+    engine.Action.__pydantic_init_subclass__ = classmethod(lambda kind, **kwargs: watch(kind))
+
+
+def _mend_contexts(engine: types.SimpleNamespace) -> None:
+    """It makes a context of its own, with other costs and folders, for whoever is given none."""
+
+    def context(*args: Any, **kwargs: Any) -> Any:
+        speaker = _speaker.get()
+        if speaker and not args and not kwargs:
+            return speaker.team.context
+        return engine.Context(*args, **kwargs)
+
+    for name in ("context_mixin", "team", "llm"):
+        vars(importlib.import_module(f"metagpt.{name}"))["Context"] = context
+
+
+def _mend_messages(engine: types.SimpleNamespace) -> None:
+    """It hands messages on in silence."""
+
+    def published(
+        method: Callable[..., bool], env: Any, message: Any, *args: Any, **kw: Any
+    ) -> Any:
+        speaker = _speaker.get()
+        if speaker:
+            speaker.team.show_message(speaker, message)
+        return method(env, message, *args, **kw)
+
+    _patch(engine.Environment, "publish_message", published)
+
+
+def _mend_questions(engine: types.SimpleNamespace) -> None:
+    """It reads standard input where a person is to answer: the run asks, here and in any role."""
+    read_line = builtins.input
+
+    def ask(prompt: object = "") -> str:
+        speaker = _speaker.get()
+        if speaker is None:
+            return read_line(prompt)
+        answer = speaker.team.run.ask(str(prompt), agent_role=speaker.role)
+        for request in speaker.team.requests:  # the loop stood still, and heard no model
+            request.on_output()
+        return answer
+
+    async def answered(method: Any, model: Any, asked: Any, *args: Any, **kwargs: Any) -> Any:
+        speaker = _speaker.get()
+        if speaker is None:
+            return await method(model, asked, *args, **kwargs)
+        question = asked if isinstance(asked, str) else asked[-1]["content"]
+        answer = await asyncio.to_thread(speaker.team.run.ask, question, None, speaker.role)
+        if answer in ("exit", "quit"):  # MetaGPT's words
+            raise SystemExit
+        return answer
+
+    builtins.input = ask
+    for name in ("aask", "acompletion_text"):
+        _patch(engine.HumanProvider, name, answered)
+    # It would read lines until the input ends.
+    engine.HumanInteraction.multilines_input = lambda self, prompt="Enter: ": ask(prompt)
 
 
 def _copy_node(node: Any) -> Any:
@@ -4636,6 +4918,20 @@ def _mend_token_counts(engine: types.SimpleNamespace) -> None:
     engine.openai_api.count_input_tokens = lambda messages, model: estimate_tokens(str(messages))
 
 
+def _mend_costs(engine: types.SimpleNamespace) -> None:
+    """It books to whatever a model was made with, and says so in a line of the log."""
+
+    def booked(method: Callable[..., None], model: Any, usage: Any, *args: Any, **kw: Any) -> None:
+        speaker = _speaker.get()
+        if speaker is None:
+            method(model, usage, *args, **kw)
+        elif usage:
+            counts = usage.model_dump() if hasattr(usage, "model_dump") else usage
+            speaker.team.costs.book(speaker.role, model.config, counts)
+
+    _patch(engine.BaseLLM, "_update_costs", booked)
+
+
 def _mend_model_requests(engine: types.SimpleNamespace) -> None:
     """It believes whatever a model's server sends; `_ModelRequest` does not."""
 
@@ -4643,15 +4939,16 @@ def _mend_model_requests(engine: types.SimpleNamespace) -> None:
         method: Callable[..., Any], model: Any, messages: Any, stream: bool = False, **kwargs: Any
     ) -> Any:
         speaker = _speaker.get()
-        own_method = partial(method, model, messages, stream=stream, **kwargs)
         if speaker is None:
-            return await own_method()
+            return await method(model, messages, stream=stream, **kwargs)
+        model = speaker.team.own_model(model)
+        own_method = partial(method, model, messages, stream=stream, **kwargs)
         kinds = [kind for kind in type(model).__mro__ if "_achat_completion_stream" in vars(kind)]
         api = MODEL_APIS.get(kinds[0].__name__) or _other_api(own_method, stream)
         return await _ModelRequest(speaker, api, model, messages, stream).answer()
 
     for kind in (engine.BaseLLM, *_subclasses(engine.BaseLLM)):
-        if "acompletion_text" in vars(kind):
+        if "acompletion_text" in vars(kind) and kind is not engine.HumanProvider:
             _patch(kind, "acompletion_text", asked)
 
 
@@ -4663,11 +4960,41 @@ def _mend(engine: types.SimpleNamespace) -> None:
     _mend_dependency_file()
     _mend_searches()
     _mend_action_names(engine)
+    _mend_contexts(engine)
+    _mend_messages(engine)
+    _mend_questions(engine)
     _mend_shared_nodes(engine)
     _mend_package_installs(engine)
     _mend_programs(engine)
     _mend_token_counts(engine)
+    _mend_costs(engine)
     _mend_model_requests(engine)
+
+
+async def _raw_answer(model: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A model's `acompletion` or `aask_code`: what its SDK gives is handed on, and shown."""
+    speaker = _speaker.get()
+    own = speaker.team.own_model(model) if speaker else model
+    method = partial(getattr(type(model), name), own, *args, **kwargs)
+    if speaker is None or speaker.call is not None:  # it is part of a request that is shown
+        return await method()
+    answers = []
+
+    async def text() -> str:
+        answer = await method()
+        answers.append(answer)
+        choices = getattr(answer, "choices", None)
+        return (choices and choices[0].message.content) or encode(jsonable(answer))
+
+    await _ModelRequest(speaker, _other_api(text, False), own, args, False).answer()
+    return answers[-1]
+
+
+def _connect(model: Any) -> None:
+    """Gives a model connections of its own, by the proxy that its settings name."""
+    if hasattr(model.aclient, "with_options"):
+        http = _http_client(proxy=model.config.proxy or None)
+        model.aclient = model.aclient.with_options(http_client=http)
 
 
 def _address_models(engine: types.SimpleNamespace) -> None:
@@ -4681,18 +5008,19 @@ def _address_models(engine: types.SimpleNamespace) -> None:
                 example = EXAMPLE_URLS[vendor]
                 raise _GiveUp(f"base_url of a model of {vendor} is missing, for example {example}")
             config.base_url = VENDOR_URLS[vendor]
+        config.calc_usage = True  # else its tokens count for nothing, and no budget holds
         model = get_provider(api_type)(config)
-        if hasattr(model.aclient, "with_options"):
-            http = _http_client(proxy=config.proxy or None)
-            model.aclient = model.aclient.with_options(http_client=http)
+        _connect(model)
         if vendor != "openai" and hasattr(getattr(model, "aclient", None), "organization"):
             model.aclient.organization = None  # OpenAI's own, from OPENAI_ORG_ID
             model.aclient.project = None
+        for name in ("acompletion", "aask_code"):
+            setattr(model, name, partial(_raw_answer, model, name))
         return model
 
     engine.LLM_REGISTRY.get_provider = lambda api_type: partial(make, api_type)
     # It would hand the proxy to the SDK under a name that the SDK does not know any more.
-    engine.openai_api.OpenAILLM._get_proxy_params = lambda llm: {}
+    engine.openai_api.OpenAILLM._get_proxy_params = lambda llm: {"verify": _tls()}
 
 
 def _route_output(engine: types.SimpleNamespace) -> None:
@@ -4738,9 +5066,30 @@ def load_metagpt(workspace: Path) -> types.SimpleNamespace:
     return _engine
 
 
-def warm_up_metagpt(settings: Settings) -> None:
-    """Loads MetaGPT before the first task needs it; warns where the model's price is unknown."""
+MakeTeam = Callable[[Any, str], Any]  # of MetaGPT's context and the prompt: a team, or its roles
+Teams = Mapping[str, str | MakeTeam]  # name → function, or where it is: module:function
+
+
+def load_team(name: str, made: str | MakeTeam) -> MakeTeam:
+    """Imports what is not imported yet, after MetaGPT. Raises SettingsError, which names it."""
+    if not isinstance(made, str):
+        return made
+    module, _, function = made.partition(":")
+    imported = guarded(importlib.import_module, module)
+    found: MakeTeam | None = getattr(imported.result, function, None)
+    if callable(found):
+        return found
+    why = reason_of(imported.error) if imported.error else f"{module} has no function {function}"
+    raise SettingsError(f"the team {name!r} ({made}) cannot be imported: {why}")
+
+
+def warm_up_metagpt(settings: Settings, teams: Teams) -> None:
+    """Loads MetaGPT and the teams before a task needs them; warns where the model's price is
+    unknown.
+    """
     engine = load_metagpt(settings.workspace)
+    for name, made in teams.items():
+        load_team(name, made)
     config = engine.config.llm
     if model_price(engine, config, settings.price) is None:
         logger.warning(
@@ -4794,6 +5143,10 @@ def failure_reason(error: BaseException, answer: str = "") -> str:
     return f"MetaGPT could not go on{came}: {type(error).__name__}: {text}"
 
 
+def _action_name(action: Any) -> str:
+    return str(action.name or type(action).__name__)
+
+
 def _class_name(path: str) -> str:
     """MetaGPT writes metagpt.roles.architect.Architect; `<all>` stays as it is."""
     return str(path).rsplit(".", 1)[-1]
@@ -4827,66 +5180,113 @@ def _hide_memory() -> None:
 
 CLOSE_SECONDS = 2.0  # for the connections of a run that has ended
 
-# The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
-STAGES: Mapping[str, float] = {
-    "PrepareDocuments": 0.02,
-    "WritePRD": 0.2,
-    "WriteDesign": 0.4,
-    "WriteTasks": 0.5,
-}
+
+class _Costs:
+    """What a run's models have cost, by role; MetaGPT's own count, which roles may ask, follows."""
+
+    def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
+        self._engine = engine
+        self._run = run
+        self._by_role: dict[str, dict[str, Any]] = {}
+        self.manager = engine.CostManager(max_budget=run.options["investment"])
+
+    def book(self, role: str | None, config: Any, usage: Mapping[str, Any]) -> None:
+        """Counts the tokens of a request to the model of `config`."""
+        prompt = int(usage.get("prompt_tokens") or 0)
+        completion = int(usage.get("completion_tokens") or 0)
+        empty = {"prompt_tokens": 0, "completion_tokens": 0, "total_cost": 0.0}
+        cost = self._by_role.setdefault(role or "Team", empty)
+        cost["prompt_tokens"] += prompt
+        cost["completion_tokens"] += completion
+        self.manager.total_prompt_tokens += prompt
+        self.manager.total_completion_tokens += completion
+        price = model_price(self._engine, config, self._run.price)
+        if price is None:
+            cost["total_cost"] = None
+        else:
+            dollars = (prompt * price["prompt"] + completion * price["completion"]) / 1000
+            self.manager.total_cost += dollars
+            if cost["total_cost"] is not None:
+                cost["total_cost"] += dollars
+        self.report()
+
+    def report(self) -> Mapping[str, Any]:
+        """Shows what this run has cost; returns what the task has."""
+        known = all(cost["total_cost"] is not None for cost in self._by_role.values())
+        total = self.manager.total_cost
+        cost = {
+            "prompt_tokens": self.manager.total_prompt_tokens,
+            "completion_tokens": self.manager.total_completion_tokens,
+            "total_cost": round(total, 6) if known else None,
+            "max_budget": self._run.options["investment"],
+            "by_role": {role: add_costs(NO_COST, cost) for role, cost in self._by_role.items()},
+        }
+        self._run.update(cost=cost)
+        return self._run.cost
+
+    def check_budget(self) -> None:
+        """Ends the run once the task, with its earlier runs, has spent what its options allow."""
+        options = self._run.options
+        cost = self._run.cost
+        dollars = (self._run.earlier_cost["total_cost"] or 0) + self.manager.total_cost
+        tokens = cost["prompt_tokens"] + cost["completion_tokens"]
+        token_budget = options.get("token_budget")
+        if dollars >= options["investment"]:
+            spent = f"${dollars:.4f} of ${options['investment']:g}"
+            option = "investment"
+        elif token_budget is not None and tokens >= token_budget:
+            spent = f"{tokens} of {token_budget} tokens"
+            option = "token_budget"
+        else:
+            return
+        raise _GiveUp(f"the budget is spent: {spent}; a larger options.{option} allows more")
+
+
+def _wrap(target: Any, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(original, …)` in the place of a method, on this instance alone."""
+    vars(target).pop(name, None)  # an earlier run's, where several share what they observe
+    object.__setattr__(target, name, partial(around, getattr(target, name)))  # past pydantic
 
 
 class _Team:
-    """MetaGPT's software company at work on one task; everything it does is reported to the run."""
+    """A team of MetaGPT's at work on one task; everything it does is reported to the run."""
+
+    UNREAD: frozenset[str] = frozenset()  # actions whose message comes into nobody's prompt
 
     def __init__(self, engine: types.SimpleNamespace, run: Run) -> None:
         self.engine = engine
         self.run = run
-        self.models: list[Any] = []
+        self.costs = _Costs(engine, run)
         self.requests: list[_ModelRequest] = []  # that are not answered
+        self._observed: set[Any] = set()  # roles
+        self.context = engine.Context(config=engine.config.model_copy(deep=True))
+        self._models: dict[int, tuple[Any, Any]] = {}  # id → the model, and this team's copy
+        self._has_prompt = False
         self._shown_waiting: tuple[Any, ...] = ()
-        self.files_coded = 0
-        config = engine.config.model_copy(deep=True)
+        self._prepare(self.context)
+
+    def _prepare(self, context: Any) -> None:
+        config = context.config
         # Without a name MetaGPT takes the model's, and deletes the folder that has it.
-        project_name = run.options["project_name"] or _project_name(run.prompt)
+        project_name = self.run.options["project_name"] or _project_name(self.run.prompt)
         config.update_via_cli("", project_name, False, "", 0)
-        config.workspace.path = run.workspace
+        config.workspace.path = self.run.workspace
         config.mermaid.engine = "none"  # it starts a program, by a shell, with names in the command
-        self.price_known = True  # of every model that was used
-        self.costs = engine.CostManager()
-        self._wrap(self.costs, "update_cost", self._book)
-        self.context = engine.Context(config=config, cost_manager=self.costs)
-        self._wrap(self.context, "llm_with_cost_manager_from_llm_config", self._observed_model)
-        self._wrap(self.context, "new_environ", self._clean_environ)
-        self.team = engine.Team(context=self.context)
-        self._wrap(self.team.env, "publish_message", self._publish)
-        self.roles = [
-            self._hire("ProductManager"),
-            self._hire("Architect"),
-            self._hire("ProjectManager"),
-        ]
-        if run.options["implement"]:
-            review = run.options["code_review"]
-            self.roles.append(self._hire("Engineer", n_borg=5, use_code_review=review))
-        if run.options["implement"] and run.options["run_tests"]:
-            self.roles.append(self._hire("QaEngineer"))
-        self.team.invest(run.options["investment"])
+        context.cost_manager = self.costs.manager
+        context.kwargs.set("run", self.run)  # for roles that know streamer
+        _wrap(context, "new_environ", self._clean_environ)
 
-    def _hire(self, name: str, **options: Any) -> Any:
-        role = getattr(self.engine.roles, name)(context=self.context, **options)
-        speaker = _Speaker(self, name)
-        self._wrap(role, "_observe", partial(self._speaking, speaker))
-        self._wrap(role, "react", partial(self._speaking, speaker))
-        self._wrap(role, "_act", partial(self._act, speaker, role))
-        if hasattr(role, "_parse_tasks"):
-            self._wrap(role, "_parse_tasks", self._tasks)
-        self.team.hire([role])
-        return role
+    def make(self) -> Any:
+        """MetaGPT's Team, with its roles."""
+        raise NotImplementedError
 
-    def _wrap(self, target: Any, name: str, around: Callable[..., Any]) -> None:
-        """Puts `around(original, …)` in the place of a method, on this instance alone."""
-        wrapped = partial(around, getattr(target, name))
-        object.__setattr__(target, name, wrapped)  # pydantic refuses setattr
+    def name_of(self, role: Any) -> str:
+        return str(role.name or role.profile or type(role).__name__)
+
+    def finished(self, action: str) -> None:
+        """Called when an action has ended, also one inside another."""
+
+    # Its work
 
     async def work(self) -> Mapping[str, Any]:
         """Drives the rounds itself: Team.run swallows every error."""
@@ -4899,23 +5299,51 @@ class _Team:
                 loop.call_soon_threadsafe(task.cancel)
 
         self.run.on_cancel(stop)
+        self.costs.report()
+        _speaker.set(_Speaker(self))
+        done, idle = await self._play(self.make())
+        result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
+        return {**result, "files": self.run.report_files(), "cost": self.costs.report()}
+
+    async def _play(self, team: Any) -> tuple[int, bool]:
+        """How many rounds it took, and whether the team had nothing left to do."""
+        env = team.env
+        if env.context is not self.context:  # the user's own
+            self._prepare(env.context)
+        if not self._has_prompt:
+            team.run_project(self.run.prompt)
         rounds = self.run.options["n_round"]
         if self.run.options["run_tests"]:
             rounds = max(rounds, 8)  # MetaGPT's own rule
         done = 0
-        self.report_cost()
-        self.team.run_project(self.run.prompt)
-        while done < rounds and not self.team.env.is_idle:
-            await self.team.env.run()
+        shown = self.run.progress
+        while done < rounds and not env.is_idle:
+            for role in env.roles.values():
+                self._observe(role)
+            await env.run()
             done += 1
+            if self.run.progress == shown:  # the team reports none of its own
+                shown = done / rounds
+                self.run.update(progress=shown)
         # `is_idle` looks at messages of the last round, this at those a next one would find.
-        idle = not any([await role._observe() for role in self.roles])
-        self.team.env.archive()
-        result = {"mode": "metagpt", "end_reason": "idle" if idle else "rounds", "rounds": done}
-        return {**result, "files": self.run.report_files(), "cost": self.report_cost()}
+        idle = not any([await role._observe() for role in env.roles.values()])
+        env.archive()
+        return done, idle
+
+    def _observe(self, role: Any) -> None:
+        if role in self._observed:
+            return
+        self._observed.add(role)
+        speaker = _Speaker(self, self.name_of(role))
+        _wrap(role, "_observe", partial(self._speaking, speaker))
+        _wrap(role, "react", partial(self._speaking, speaker))
+        _wrap(role, "_act", partial(self._act, speaker, role))
+        if hasattr(role, "_parse_tasks"):
+            _wrap(role, "_parse_tasks", self._tasks)
 
     async def close(self) -> None:
-        closes = [getattr(model.aclient, "close", None) for model in self.models]
+        models = [own for _, own in self._models.values()]
+        closes = [getattr(model.aclient, "close", None) for model in models]
         await asyncio.gather(*(close() for close in closes if close is not None))
 
     async def _speaking(
@@ -4925,6 +5353,10 @@ class _Team:
         _speaker.set(speaker)
         try:
             return await original(*args)
+        except SystemExit as error:
+            if error.code is None:  # MetaGPT's way to end, where a person answers "exit"
+                raise RunCancelled("stopped by a person, who answered exit") from error
+            raise
         except (Exception, _GiveUp) as error:
             reason = failure_reason(error, self.run.redact(speaker.answer))
             action = f" in {speaker.action}" if speaker.action else ""
@@ -4934,20 +5366,46 @@ class _Team:
             raise _RoleFailed(reason) from error
 
     async def _act(
-        self, speaker: _Speaker, role: Any, original: Callable[[], Awaitable[Any]]
+        self, speaker: _Speaker, role: Any, original: Callable[..., Awaitable[Any]], *args: Any
     ) -> Any:
-        name = speaker.role
-        action = speaker.action = type(role.rc.todo).__name__
+        name = str(speaker.role)
+        todo = role.rc.todo
+        action = speaker.action = _action_name(todo) if todo else "its turn"
+        speaker.acted = todo
         started = time.monotonic()
         payload = {"message": f"{name} starts {action}", "action": action}
         self.run.emit(EventType.AGENT_START, payload, name)
-        result = await original()
+        result = await original(*args)
         self.run.report_files(name)
         seconds = round(time.monotonic() - started, 1)
         payload = {"message": f"{name} finished {action} in {seconds} s", "action": action}
         self.run.emit(EventType.AGENT_COMPLETE, {**payload, "seconds": seconds}, name)
+        if action in self.run.options["approve"]:
+            is_read = action not in self.UNREAD and hasattr(result, "instruct_content")
+            remark = await asyncio.to_thread(ask_approval, self.run, action, name, is_read)
+            if remark:
+                await self._add_remark(role, result, remark)
         speaker.action = None
         return result
+
+    async def _add_remark(self, role: Any, message: Any, remark: str) -> None:
+        """Into what the next role reads: the documents that a message names, or the message."""
+        content = message.instruct_content
+        documents = getattr(content, "docs", None)
+        if documents:
+            for document in documents.values():
+                body = {**json.loads(document.content), REMARK: remark}
+                document.content = json.dumps(body, ensure_ascii=False)
+                files = role.git_repo.new_file_repository(document.root_path)
+                await files.save(document.filename, document.content)
+            message.content = content.model_dump_json()
+            return
+        message.content += f"\n\n{REMARK}: {remark}"
+        if content is not None:  # which prompts hold instead of the text
+            kind = type(content)
+            create_model = importlib.import_module("pydantic").create_model
+            richer = create_model(kind.__name__, __base__=kind, remark_of_the_user=(str, remark))
+            message.instruct_content = richer(**content.model_dump())
 
     def _tasks(self, original: Callable[[Any], list[str]], document: Any) -> list[str]:
         names = original(document)
@@ -4955,21 +5413,25 @@ class _Team:
             raise _GiveUp(f"the model's list of tasks names no file; {STRONGER_MODEL}")
         return names
 
-    def _publish(self, original: Callable[..., bool], message: Any, peekable: bool = True) -> bool:
-        speaker = _speaker.get()
-        sender = speaker.role if speaker else "Human"
+    # What its parts report
+
+    def show_message(self, speaker: _Speaker, message: Any) -> None:
+        self._has_prompt = True
+        sender = speaker.role or "Human"
         to = sorted(_class_name(name) for name in message.send_to)
+        cause = _class_name(message.cause_by)
+        if speaker.acted is not None and cause == type(speaker.acted).__name__:
+            cause = _action_name(speaker.acted)
         documents = dict.fromkeys(re.findall(r'"filename":"([^"]+)"', message.content))
         about = ", ".join(documents) or self.run.redact(message.content)[:200]
         payload = {
             "message": f"{sender} to {', '.join(to)}: {about}",
             "content": message.content,
-            "cause_by": _class_name(message.cause_by),
+            "cause_by": cause,
             "sent_from": sender,
             "send_to": to,
         }
-        self.run.emit(EventType.MESSAGE, payload, speaker.role if speaker else None)
-        return original(message, peekable)
+        self.run.emit(EventType.MESSAGE, payload, speaker.role)
 
     def log(self, level: str, message: str, **details: Any) -> None:
         speaker = _speaker.get()
@@ -4995,52 +5457,16 @@ class _Team:
         if any(map(_is_git_name, parts)) or parts[-1].casefold() == "head":
             raise _GiveUp(f"the model named a file of git's own: {inside[-200:]!r}")
 
-    def finished(self, action: str) -> None:
-        if action == ("WriteCodeReview" if self.run.options["code_review"] else "WriteCode"):
-            self.files_coded += 1
-            files = len(self.roles[3].code_todos) or 1
-            self.run.update(progress=0.5 + 0.4 * min(1.0, self.files_coded / files))
-        elif action in STAGES:
-            self.run.update(progress=STAGES[action])
-
-    def _observed_model(self, original: Callable[..., Any], *args: Any) -> Any:
-        model = original(*args)
-        model.cost_manager = self.costs  # what its vendor's module has made is not the task's
-        model.config.calc_usage = True  # else its tokens count for nothing, and no budget holds
-        price = model_price(self.engine, model.config, self.run.price)
-        if price is not None:
-            self.costs.token_costs[model.config.model] = price  # some vendors' modules book by this
-            self.costs.token_costs[model.config.pricing_plan or model.config.model] = price
-        self.models.append(model)
-        return model
-
-    def _book(
-        self, original: Callable[..., None], prompt_tokens: int, completion_tokens: int, model: str
-    ) -> None:
-        """Counts the tokens of a request. Without a price MetaGPT would warn at every one."""
-        if model in self.costs.token_costs:
-            original(prompt_tokens, completion_tokens, model)
-            return
-        self.costs.total_prompt_tokens += prompt_tokens
-        self.costs.total_completion_tokens += completion_tokens
-        self.price_known = False
-
-    def check_budget(self) -> None:
-        """Ends the run once the task, with its earlier runs, has spent what its options allow."""
-        options = self.run.options
-        cost = self.run.cost
-        dollars = (self.run.earlier_cost["total_cost"] or 0) + self.costs.total_cost
-        tokens = cost["prompt_tokens"] + cost["completion_tokens"]
-        token_budget = options.get("token_budget")
-        if dollars >= options["investment"]:
-            spent = f"${dollars:.4f} of ${options['investment']:g}"
-            option = "investment"
-        elif token_budget is not None and tokens >= token_budget:
-            spent = f"{tokens} of {token_budget} tokens"
-            option = "token_budget"
-        else:
-            return
-        raise _GiveUp(f"the budget is spent: {spent}; a larger options.{option} allows more")
+    def own_model(self, model: Any) -> Any:
+        """This team's copy of a model, which others may have too: its connections are of one loop,
+        and its costs of one task.
+        """
+        if id(model) not in self._models:
+            own = copy.copy(model)
+            own.cost_manager = self.costs.manager  # some vendors' modules book past `_update_costs`
+            _connect(own)
+            self._models[id(model)] = (model, own)
+        return self._models[id(model)][1]
 
     def _clean_environ(self, original: Callable[[], dict[str, str]]) -> dict[str, str]:
         """The environment of a program that the team runs: without this process's secrets."""
@@ -5059,16 +5485,82 @@ class _Team:
             self._shown_waiting = waiting
             self.run.waits_for_model(*waiting)
 
-    def report_cost(self) -> Mapping[str, Any]:
-        """Shows what this run has cost; returns what the task has."""
-        cost = {
-            "prompt_tokens": self.costs.total_prompt_tokens,
-            "completion_tokens": self.costs.total_completion_tokens,
-            "total_cost": round(self.costs.total_cost, 6) if self.price_known else None,
-            "max_budget": self.run.options["investment"],
-        }
-        self.run.update(cost=cost)
-        return self.run.cost
+
+# The progress when an action is done; writing code goes from 0.5 to 0.9, file by file.
+STAGES: Mapping[str, float] = {
+    "PrepareDocuments": 0.02,
+    "WritePRD": 0.2,
+    "WriteDesign": 0.4,
+    "WriteTasks": 0.5,
+}
+REMARK = "Remark of the user, which comes first"
+
+
+class _Company(_Team):
+    """MetaGPT's software company."""
+
+    UNREAD = frozenset({"WriteCode", "WriteTest"})
+    files_coded = 0
+
+    def make(self) -> Any:
+        options = self.run.options
+        roles = self.engine.roles
+        hired = [roles.ProductManager(), roles.Architect(), roles.ProjectManager()]
+        if options["implement"]:
+            self._engineer = roles.Engineer(n_borg=5, use_code_review=options["code_review"])
+            hired.append(self._engineer)
+        if options["implement"] and options["run_tests"]:
+            hired.append(roles.QaEngineer())
+        team = self.engine.Team()
+        for role in hired:
+            team.hire([role])
+        return team
+
+    def name_of(self, role: Any) -> str:
+        return type(role).__name__
+
+    def finished(self, action: str) -> None:
+        if action == ("WriteCodeReview" if self.run.options["code_review"] else "WriteCode"):
+            self.files_coded += 1
+            files = len(self._engineer.code_todos) or 1
+            self.run.update(progress=0.5 + 0.4 * min(1.0, self.files_coded / files))
+        elif action in STAGES:
+            self.run.update(progress=STAGES[action])
+
+
+class _OwnTeam(_Team):
+    """A team that a function of the user's makes."""
+
+    def __init__(self, engine: types.SimpleNamespace, run: Run, function: MakeTeam) -> None:
+        super().__init__(engine, run)
+        self._function = function
+
+    def make(self) -> Any:
+        name = self.run.options["team"]
+        made = guarded(self._function, self.context, self.run.prompt)
+        if made.error is not None:
+            raise RunFailed(f"the function of {name!r} raised {reason_of(made.error)}")
+        team = made.result
+        role = self.engine.roles.Role
+        if isinstance(team, role):
+            team = [team]
+        if isinstance(team, Sequence) and team and all(isinstance(each, role) for each in team):
+            roles = team
+            team = self.engine.Team()
+            team.hire(roles)
+        if not isinstance(team, self.engine.Team):
+            came = type(team).__name__
+            raise RunFailed(
+                f"the function of {name!r} must return MetaGPT's Team, or roles, not {came}"
+            )
+        roles = team.env.roles.values()
+        actions = {_action_name(action) for role in roles for action in role.actions}
+        for action in self.run.options["approve"]:
+            if action not in actions:
+                known = f"its actions are {', '.join(sorted(actions))}"
+                reason = f"options.approve: the team {name!r} has no action {quoted(action)}"
+                raise RunFailed(f"{reason}; {known}")
+        return team
 
 
 def _close(run: Run, runner: asyncio.Runner, team: _Team) -> None:
@@ -5088,12 +5580,15 @@ def _close(run: Run, runner: asyncio.Runner, team: _Team) -> None:
         run.emit(EventType.LOG, {"message": message, "level": "WARNING"})
 
 
-def run_metagpt(run: Run) -> Mapping[str, Any]:
+def run_metagpt(run: Run, teams: Teams = types.MappingProxyType({})) -> Mapping[str, Any]:
     """The real team. Raises RunFailed with the reason for whatever ends it early (guarantee 7)."""
     engine = load_metagpt(run.workspace.parent)
     run.workspace.mkdir(parents=True, exist_ok=True)
+    name = run.options["team"]
     try:
-        team = _Team(engine, run)
+        team = (
+            _OwnTeam(engine, run, load_team(name, teams[name])) if name else _Company(engine, run)
+        )
         runner = asyncio.Runner()
         try:
             return runner.run(team.work())
@@ -5124,10 +5619,12 @@ class Engine:
         runner: Runner,
         warm_up: Callable[[], object] | None,
         secrets: Sequence[str],
+        teams: Collection[str] = (),
     ) -> None:
         self.settings = settings
         self.runner = runner
         self.secrets = secrets
+        self.teams = teams  # the names that the option `team` takes
         self.mode = "test" if settings.test_mode else "metagpt"
         self.error: str | None = None
         self.ready = anyio.Event()
@@ -5190,6 +5687,8 @@ class Execution:
         self._stop_reason: StopReason | None = None
         self._decided = False  # how it ends, or that it goes on elsewhere: a cancel is too late
         self._published = 0
+        self._timer: asyncio.TimerHandle  # of its timeout
+        self._seconds_left = 0.0  # while it is not counted
         if broker.claim is not None:
             broker.claim.listen(self._on_message)
 
@@ -5221,6 +5720,8 @@ class Execution:
         if isinstance(message, ClaimLost):
             self._fail(message.error)
             return True
+        if isinstance(message, AnswerGiven):
+            return self.run.answer(message)
         return self.stop(StopReason.CANCEL)
 
     def _fail(self, error: StreamerError) -> None:
@@ -5281,7 +5782,7 @@ class Execution:
         async with anyio.create_task_group() as group:
             group.start_soon(self._pump)
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(run.options["timeout"], self.stop, StopReason.TIMEOUT)
+            self._timer = loop.call_later(run.options["timeout"], self.stop, StopReason.TIMEOUT)
             try:
                 with self._scope:
                     outcome = await anyio.to_thread.run_sync(
@@ -5290,9 +5791,19 @@ class Execution:
                         limiter=engine.threads,
                     )
             finally:  # also where publishing fails: no thread waits at `emit` for ever
-                timer.cancel()
+                self._timer.cancel()
                 run.outbox.finish()
         return outcome
+
+    def _keep_time(self) -> None:
+        """The seconds that a person takes for an answer do not count as the task's."""
+        loop = asyncio.get_running_loop()
+        asking = self.broker.state.question is not None
+        if asking and not self._timer.cancelled():
+            self._seconds_left = self._timer.when() - loop.time()
+            self._timer.cancel()
+        elif not asking and self._timer.cancelled():
+            self._timer = loop.call_later(self._seconds_left, self.stop, StopReason.TIMEOUT)
 
     async def _pump(self) -> None:
         """Publishes the runner's reports until it has ended, and those that are left then."""
@@ -5323,6 +5834,8 @@ class Execution:
                     drafts = []
             if drafts and self.error is None:
                 await self._publish(drafts)
+            if not self.run.outbox.finished:
+                self._keep_time()
         except StreamerError as error:  # the run cannot be told of any further
             self._fail(error)
 
@@ -5340,7 +5853,7 @@ class Execution:
         mode = self._engine.mode
         status, kind, message = self._verdict(outcome)
         values: dict[str, Any] = {"status": status, "current_agent": None, "waiting": None}
-        values["completed_at"] = now()
+        values |= {"question": None, "completed_at": now()}
         drafts: list[Draft] = []
         if status is TaskStatus.SUCCEEDED:
             text = encode_payload(
@@ -5369,6 +5882,9 @@ class Execution:
         error = outcome.error
         if reason in (StopReason.CANCEL, StopReason.SHUTDOWN):
             return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, reason.value
+        if reason is None and isinstance(error, RunCancelled):
+            word = error_text(error) or "cancelled by its runner"
+            return TaskStatus.CANCELLED, EventType.TASK_CANCELLED, word
         if reason is StopReason.TIMEOUT:
             seconds = self.run.options["timeout"]
             error = RunFailed(f"timed out after {seconds:g} s (options.timeout)")
@@ -5414,6 +5930,7 @@ class Supervisor:
         runner: Runner,
         warm_up: Callable[[], object] | None = None,
         secrets: Sequence[str] = (),
+        teams: Collection[str] = (),
     ) -> None:
         self.settings = settings
         self.store = store
@@ -5422,7 +5939,7 @@ class Supervisor:
         self._totals: Counter[str] = Counter(
             dict.fromkeys(("events", "deliveries", "clients", "slow_clients", *COSTS.values()), 0)
         )
-        self.engine = Engine(settings, runner, warm_up, secrets)
+        self.engine = Engine(settings, runner, warm_up, secrets, teams)
         self._brokers = Brokers(store, settings)
         self._active: dict[str, Execution] = {}
         self._untold: dict[str, str] = {}  # how a run ended, where that could not be stored
@@ -5631,6 +6148,26 @@ class Supervisor:
         if execution.error is not None:
             raise execution.error
         return broker.task
+
+    async def answer(self, task_id: str, question_id: str, text: str) -> None:
+        """Answers the question that a task asks now, wherever it runs.
+
+        Raises QuestionClosed, and InvalidRequest where its choices are others.
+        """
+        question = (await self.state(task_id)).question
+        if question is not None and question["question_id"] == question_id:
+            answer = AnswerGiven(question_id, chosen(question, text))
+            execution = self._active.get(task_id)
+            if execution is not None:
+                taken = execution.run.answer(answer)
+            else:
+                taken = await self.store.answer(task_id, answer)
+            if taken:
+                return
+        ways = "it was answered, or the run that asked it has ended"
+        raise QuestionClosed(
+            f"question {quoted(question_id)} of task {task_id} is not open: {ways}"
+        )
 
     async def delete(self, task_id: str) -> None:
         """Stops a task, forgets it, its log and its workspace, and tells its clients."""
@@ -5915,27 +6452,40 @@ def parse_text(body: Mapping[str, Any], name: str, longest: int) -> str:
     return value
 
 
-def parse_task(body: Mapping[str, Any], settings: Settings) -> tuple[str, str, dict[str, Any]]:
-    """Prompt, title and options. Raises InvalidRequest, Forbidden."""
-    unknown = sorted(set(body) - {"input_prompt", "title", "options"})
+def check_fields(body: Mapping[str, Any], *fields: str) -> None:
+    """Raises InvalidRequest where there are others."""
+    unknown = sorted(set(body) - set(fields))
     if unknown:
-        known = "input_prompt, title, options"
+        known = ", ".join(fields)
         raise InvalidRequest(f"{quoted(unknown[0])} is unknown; the fields are {known}")
+
+
+def parse_task(
+    body: Mapping[str, Any], settings: Settings, teams: Collection[str]
+) -> tuple[str, str, dict[str, Any]]:
+    """Prompt, title and options. Raises InvalidRequest, Forbidden."""
+    check_fields(body, "input_prompt", "title", "options")
     prompt = parse_text(body, "input_prompt", settings.max_prompt)
     title = prompt.strip().splitlines()[0][:80]
     if "title" in body:
         title = parse_text(body, "title", 200)
-    options = parse_options(body.get("options", {}), settings.task_timeout)
+    options = parse_options(body.get("options", {}), settings.task_timeout, teams=teams)
     if options["run_tests"] and not settings.allow_run_tests:
         how = "a server started with --allow-run-tests does it"
         raise Forbidden(f"options.run_tests executes what the model wrote; {how}")
     return prompt, title, options
 
 
+def parse_answer(body: Mapping[str, Any], settings: Settings) -> tuple[str, str]:
+    """The question's id, and the text. Raises InvalidRequest."""
+    question_id = parse_text(body, "question_id", 64)
+    return question_id, parse_text(body, "answer", settings.max_prompt)
+
+
 async def create_task(request: Request) -> Response:
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings)
-    prompt, title, options = parse_task(body, supervisor.settings)
+    prompt, title, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
@@ -5984,6 +6534,15 @@ async def run_task(request: Request) -> Response:
 async def cancel_task(request: Request) -> Response:
     task = await _supervisor(request).cancel(request.path_params["task_id"])
     return JSONLine(asdict(task), 202)
+
+
+async def answer_question(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    task_id = request.path_params["task_id"]
+    body = await _json_object(request, supervisor.settings)
+    check_fields(body, "question_id", "answer")
+    await supervisor.answer(task_id, *parse_answer(body, supervisor.settings))
+    return JSONLine(asdict(await supervisor.get(task_id)), 202)
 
 
 async def get_events(request: Request) -> Response:
@@ -6171,6 +6730,7 @@ async def get_health(request: Request) -> Response:
         "mode": supervisor.engine.mode,
         "store": supervisor.store.error or supervisor.store.warning or "ok",
         "engine": supervisor.engine.status,
+        "teams": list(supervisor.engine.teams),
         "running": supervisor.running,
         "waiting": supervisor.waiting,
         "clients": supervisor.clients,
@@ -6382,9 +6942,12 @@ class SocketStream:
             await self._websocket.send_text(envelope("pong", {"task_id": task_id}))
         elif kind == "cancel":
             await self._supervisor.cancel(task_id)
+        elif kind == "answer":
+            answer = parse_answer(request, self._supervisor.settings)
+            await self._supervisor.answer(task_id, *answer)
         else:
             came = "a binary frame" if text is None else quoted(text)
-            expected = '{"type": "ping"} or {"type": "cancel"}'
+            expected = '{"type": "ping"}, {"type": "cancel"} or {"type": "answer", …}'
             raise InvalidRequest(f"expected {expected}, not {came}")
 
 
@@ -6399,6 +6962,7 @@ ROUTES = [
     Route("/api/tasks/{task_id}/state", get_state),
     Route("/api/tasks/{task_id}/run", run_task, methods=["POST"]),
     Route("/api/tasks/{task_id}/cancel", cancel_task, methods=["POST"]),
+    Route("/api/tasks/{task_id}/answers", answer_question, methods=["POST"]),
     Route("/api/tasks/{task_id}/events", get_events),
     Route("/api/tasks/{task_id}/artifacts", list_artifacts),
     Route("/api/tasks/{task_id}/artifacts.zip", get_zip),
@@ -6535,16 +7099,19 @@ def only_child(folder: Path) -> Iterator[None]:
 
 
 def create_app(
-    settings: Settings | None = None, runner: Runner | None = None, store: Store | None = None
+    settings: Settings | None = None,
+    runner: Runner | None = None,
+    store: Store | None = None,
+    teams: Mapping[str, MakeTeam] | None = None,
 ) -> Starlette:
     """An ordinary ASGI application.
 
     Settings come from the environment by default, the runner is MetaGPT or in test mode the
-    scripted team, the store what the settings say. Raises SettingsError, also where MetaGPT has
-    no model.
+    scripted team, the store what the settings say; `teams` are MetaGPT's of one's own, besides
+    those of the settings. Raises SettingsError, also where MetaGPT has no model.
     """
     try:
-        return _create_app(settings or Settings.from_environ(), runner, store)
+        return _create_app(settings or Settings.from_environ(), runner, store, teams or {})
     except SettingsError as error:
         if settings is not None or multiprocessing.parent_process() is None:
             raise
@@ -6552,19 +7119,28 @@ def create_app(
         sys.exit(STARTUP_FAILURE)  # else uvicorn starts its process again and again
 
 
-def _create_app(settings: Settings, runner: Runner | None, store: Store | None) -> Starlette:
+def _create_app(
+    settings: Settings, runner: Runner | None, store: Store | None, teams: Mapping[str, MakeTeam]
+) -> Starlette:
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
+    named = {team.partition("=")[0]: team.partition("=")[2] for team in settings.teams}
+    known: Teams = {**named, **teams}
     warm_up = None
     if runner is run_metagpt:
         if not _installed("metagpt"):
             raise SettingsError(f"MetaGPT is not installed; type: {INSTALL}")
         check_git(os.environ)
         model_config(os.environ)
-        warm_up = partial(warm_up_metagpt, settings)
+        for name, module in named.items():
+            if not _installed(re.split("[.:]", module)[0]):
+                where = "the current folder, that of streamer.py, or PYTHONPATH"
+                raise SettingsError(f"teams: the module of {name!r}, {module}, is not in {where}")
+        runner = partial(run_metagpt, teams=known)
+        warm_up = partial(warm_up_metagpt, settings, known)
     store = store or open_store(settings)
     given = {"redis_url": settings.redis_url, "streamer_token": settings.token}
     secrets = known_secrets({**os.environ, **given})
-    supervisor = Supervisor(settings, store, runner, warm_up, secrets)
+    supervisor = Supervisor(settings, store, runner, warm_up, secrets, tuple(known))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -7011,7 +7587,7 @@ def flag_usage(name: str, default: Any) -> str:
     """A flag as one would type it."""
     if type(default) is bool:
         return flag_of(f"no_{name}" if default else name)
-    if default in ("", (), None):
+    if default in ("", (), [], None):
         return f"{flag_of(name)}={name.split('_')[-1].upper()}"
     shown = f"{default:g}" if type(default) is float else default
     return f"{flag_of(name)}={shown}"
@@ -7057,7 +7633,9 @@ def parse_option_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         text = getattr(arguments, name)
         if text is not None:
             options[name] = text
-            if not option.check(text):
+            if type(option.default) is list:
+                options[name] = list(parse_names(text))
+            elif not option.check(text):
                 with contextlib.suppress(ValueError):
                     options[name] = json.loads(text)
     return options
@@ -7102,6 +7680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             **{item.name: getattr(arguments, item.name) for item in fields(Settings)}
         )
         check_workspace(settings.workspace)
+        if settings.teams:
+            sys.path.append(os.getcwd())
         options = parse_option_flags(arguments)
         if command == "run":
             return _run(settings, prompts[0], options, arguments.json)
@@ -7123,6 +7703,7 @@ def _serve(settings: Settings) -> int:
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(format=form, handlers=[LogThread()])
     logger.setLevel(logging.INFO)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever a team runs, nothing waits for an input
     app = create_app(settings)
     serve(app, settings)
     leave_threads(app.state.supervisor, 0)
@@ -7130,14 +7711,15 @@ def _serve(settings: Settings) -> int:
 
 
 def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: bool) -> int:
-    options = parse_options(given, settings.task_timeout, flag_of)
+    supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
+    teams = supervisor.engine.teams
+    options = parse_options(given, settings.task_timeout, flag_of, teams)
     if prompt == "-":
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
         with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as stdin:
             prompt = stdin.read(settings.max_prompt + 1).strip()
     prompt = parse_text({"prompt": prompt}, "prompt", settings.max_prompt)
-    supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     transcript = _Raw() if as_json else Transcript()
@@ -7182,10 +7764,7 @@ async def _run_here(
         try:
             async with supervisor.watch(task.id) as subscription:
                 await supervisor.start(task.id)
-                async for delivery in subscription:
-                    for message in delivery.messages:
-                        with output_may_end():
-                            transcript.show(json.loads(message))
+                await _show(supervisor, subscription, transcript)
         except asyncio.CancelledError:
             with output_may_end():
                 transcript.line("interrupted: the run is cancelled")
@@ -7194,6 +7773,64 @@ async def _run_here(
             with output_may_end():
                 transcript.end(supervisor.settings.workspace / task.id)
         return subscription.broker.task.status
+
+
+async def _show(supervisor: Supervisor, subscription: Subscription, transcript: Transcript) -> None:
+    """Shows what comes, to the end, and asks here what the team asks."""
+    question: Mapping[str, Any] | None = None
+    send, receive = anyio.create_memory_object_stream[Mapping[str, Any]](math.inf)
+    async with send, receive, anyio.create_task_group() as group:
+        group.start_soon(_ask_here, supervisor, subscription.broker, transcript, receive)
+        async for delivery in subscription:
+            for message in delivery.messages:
+                with output_may_end():
+                    transcript.show(json.loads(message))
+            before = question
+            question = subscription.broker.state.question
+            if question is not None and question != before:
+                send.send_nowait(question)
+        group.cancel_scope.cancel()
+
+
+async def _ask_here(
+    supervisor: Supervisor,
+    broker: Broker,
+    transcript: Transcript,
+    questions: AsyncIterable[Mapping[str, Any]],
+) -> None:
+    """The next line of standard input is the answer; where there is none the task is cancelled."""
+    lines = _input_lines()
+    async for question in questions:
+        while broker.state.question == question:
+            with output_may_end():
+                transcript.ask(question)
+            given = {**question, "answer": await anext(lines, None)}
+            try:
+                if given["answer"] is None:
+                    with output_may_end():
+                        transcript.line("standard input has ended: nobody can answer")
+                    await supervisor.cancel(broker.task.id)
+                    return
+                answer = parse_answer(given, supervisor.settings)
+                await supervisor.answer(broker.task.id, *answer)
+                break
+            except (InvalidRequest, QuestionClosed, TaskEnded) as error:
+                with output_may_end():
+                    transcript.line(str(error))
+
+
+async def _input_lines() -> AsyncIterator[str]:
+    """Standard input; no thread waits for it, so that the wait can be given up."""
+    unread = b""
+    while True:
+        with contextlib.suppress(PermissionError):  # of a file, which is always readable
+            await anyio.wait_readable(0)
+        data = os.read(0, 65536)
+        if not data:
+            return
+        *lines, unread = (unread + data).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
 
 
 class Transcript(contextlib.AbstractContextManager[None]):
@@ -7216,10 +7853,17 @@ class Transcript(contextlib.AbstractContextManager[None]):
         elif message["type"] == "event":
             if kind == EventType.AGENT_START:
                 self._action = f"{data['agent_role']} {data['payload'].get('action') or ''}"
-            text = printable(data["payload"]["message"][:300]).replace("\n", " ")
+            text = printable(data["payload"]["message"])
+            if kind != EventType.QUESTION:
+                text = text[:300].replace("\n", " ")
             self.line(f"{kind}: {text}", data["agent_role"] or "streamer")
         else:
             self.line(f"{kind}: {printable(data.get('message', ''))}")
+
+    def ask(self, question: Mapping[str, Any]) -> None:
+        """Says what may be typed as the answer."""
+        ways = [*(question["choices"] or ()), *(["any text"] if question["free_text"] else [])]
+        self.line(printable(f"answer ({', '.join(ways)}):"))
 
     def end(self, folder: Path) -> None:
         for path, size, _ in list_files(folder):
@@ -7258,6 +7902,8 @@ class _Raw(Transcript):
 
     def show(self, message: Mapping[str, Any]) -> None:
         print(encode(message), flush=True)
+
+    def ask(self, question: Mapping[str, Any]) -> None: ...
 
     def end(self, folder: Path) -> None: ...
 
@@ -7304,7 +7950,13 @@ class Screen(Transcript):
         for line in lines:
             self._live.console.print(self._text(line, style=self._style))
 
+    def ask(self, question: Mapping[str, Any]) -> None:
+        self._live.stop()  # it would draw over what is typed
+        super().ask(question)
+
     def state(self, data: Mapping[str, Any]) -> None:
+        if "question" not in data:
+            self._live.start()
         doing = self._action if data["current_agent"] else data["status"]
         if data["status"] == TaskStatus.PENDING and data["last_message"]:
             doing = data["last_message"]
@@ -7391,7 +8043,7 @@ nav { padding: 1em; border-right: 1px solid var(--line); }
 main { padding: 0 1em 4em; }
 ul, ol { list-style: none; margin: 0; padding: 0; }
 p { margin: .4em 0; }
-textarea, input[type=number], input[type=text] {
+textarea, select, input[type=number], input[type=text] {
   width: 100%; font: inherit; color: inherit; background: var(--bg);
   border: 1px solid var(--dim); border-radius: .3em; padding: .3em;
 }
@@ -7475,6 +8127,10 @@ dialog pre { max-height: 70vh; }
 <input type="number" name="n_round" min="1" max="50" value="5"></label>
 <label>Budget in US dollars (investment)
 <input type="number" name="investment" min="0.01" step="any" value="3"></label>
+<label id="teams" hidden>Team<select name="team">
+<option value="">the software company</option></select></label>
+<label>Ask me after these actions (approve)
+<input type="text" name="approve" placeholder="WritePRD, WriteDesign"></label>
 <label>Project name
 <input type="text" name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
 <label>Seconds it may take (timeout)
@@ -7493,7 +8149,11 @@ test it: runs what the model wrote (run_tests)</label></details>
 <button id="delete">Delete</button></div>
 <progress id="progress" max="1" aria-label="Progress"></progress>
 <div id="now" class="dim" dir="auto"></div>
-<div id="failure" class="bad" role="alert"></div></div>
+<div id="failure" class="bad" role="alert"></div>
+<form id="question" hidden><pre id="asked" dir="auto" tabindex="0" role="status"></pre>
+<div id="choices" class="row"></div><div id="free"><label for="answer">Your answer</label>
+<textarea id="answer" dir="auto"></textarea><button>Answer</button></div>
+<p id="refused" class="bad" role="alert"></p></form></div>
 <details><summary>Prompt</summary><pre id="text" dir="auto"></pre></details>
 <h2>Agents</h2><div id="lanes"></div>
 <h2>Files</h2><ul id="files"></ul><button id="zip" hidden>Download all as .zip</button>
@@ -7593,6 +8253,7 @@ function open(id) {
   view = id ? fresh : null;
   for (const name of FIELDS) $(name).replaceChildren();
   for (const name of ["zip", "run", "cancel", "delete"]) $(name).hidden = true;
+  ask();
   list();
   if (id) load(fresh);
 }
@@ -7773,10 +8434,23 @@ function state(mine) {
     const doing = `${waits.action || "…"}, ${waits.seconds.toFixed(0)} s`;
     $("now").textContent = `${waits.agent_role} waits for its model (${doing})`;
   }
+  ask(mine.state.question);
   $("run").hidden = status === "RUNNING" || status === "SUCCEEDED";
   $("run").textContent = status === "PENDING" ? "Run" : "Run again";
   $("cancel").hidden = ENDED.includes(status);
   $("delete").hidden = false;
+}
+function ask(question) {
+  const id = question?.question_id || "";
+  $("question").hidden = !question;
+  if ($("question").dataset.id === id) return;
+  $("question").dataset.id = id;
+  $("refused").textContent = $("answer").value = "";
+  if (!question) return;
+  $("asked").textContent = `${question.agent_role || "The team"} asks: ${question.message}`;
+  const button = value => el("button", {value}, value);
+  $("choices").replaceChildren(...(question.choices || []).map(button));
+  $("free").hidden = !question.free_text;
 }
 function lanes(mine) {
   const now = mine.ended || Math.max(Date.now() - skew, mine.latest);
@@ -7860,7 +8534,8 @@ act("more", async () => {
   size = 100;
   await list();
 });
-function option({type, checked, value, valueAsNumber}) {
+function option({name, type, checked, value, valueAsNumber}) {
+  if (name === "approve") return value.split(/[\s,]+/).filter(Boolean);
   if (type === "checkbox") return checked;
   return type === "number" ? valueAsNumber : value;
 }
@@ -7870,7 +8545,7 @@ $("form").onsubmit = async event => {
   const options = {};
   for (const input of $("form").querySelectorAll("[name]")) {
     const changed = input.checked !== input.defaultChecked || input.value !== input.defaultValue;
-    if (changed) options[input.name] = option(input);
+    if (changed && input.value) options[input.name] = option(input);
   }
   try {
     const body = JSON.stringify({input_prompt: $("prompt").value, options});
@@ -7881,10 +8556,22 @@ $("form").onsubmit = async event => {
     $("problem").textContent = error.message;
   }
 };
+$("question").onsubmit = async event => {
+  event.preventDefault();
+  const answer = event.submitter?.value || $("answer").value;
+  try {
+    const body = JSON.stringify({question_id: $("question").dataset.id, answer});
+    await api(path(view.id, "/answers"), {method: "POST", body});
+  } catch (error) {
+    $("refused").textContent = error.message;
+  }
+};
 onhashchange = () => open(location.hash.slice(1));
 setInterval(() => { if (view && !view.ended && view.began) lanes(view); }, 1000);
 setInterval(list, 5000);
-fetch(new URL("healthz", base)).then(answer => answer.json()).then(({mode}) => {
+fetch(new URL("healthz", base)).then(answer => answer.json()).then(({mode, teams}) => {
+  $("teams").hidden = !teams.length;
+  $("teams").lastChild.append(...teams.map(name => el("option", {}, name)));
   $("mode").textContent = mode === "test" ? "test mode: a scripted team, not MetaGPT" : "";
 });
 onhashchange();

@@ -82,7 +82,9 @@ TIMEOUT = 30.0  # seconds; what takes longer hangs
 PROCESS_TIMEOUT = 4 * TIMEOUT  # of a process, which imports much and shares its core
 KEY = "sk-secret-0123456789abcdef"
 # What a run that succeeds produces, of a model that does not show its thinking.
-WHOLE_RUN = set(EventType) - {"ERROR", "REASONING", "TASK_ERROR", "TASK_CANCELLED"}
+WHOLE_RUN = set(EventType) - {
+    *("ERROR", "REASONING", "QUESTION", "ANSWER", "TASK_ERROR", "TASK_CANCELLED"),
+}
 TERMINAL = ("TASK_COMPLETE", "TASK_ERROR", "TASK_CANCELLED")
 
 
@@ -156,7 +158,7 @@ class Watcher:
     def wait_for(self, happened: Callable[[], Any]) -> Any:
         with self._heard:
             found = self._heard.wait_for(happened, TIMEOUT)
-            assert found, self.messages[-3:]
+            assert found, self.messages[-1:]
             return found
 
     def data(self, kind: str) -> list[dict[str, Any]]:
@@ -643,6 +645,210 @@ def hostile_git(folder: Path) -> dict[str, str]:
     return {"GIT_CONFIG_GLOBAL": str(folder / "config"), **other}
 
 
+# Teams of somebody's own: MetaGPT's tutorials, wrapped in a function each, and what asks a person.
+OWN_TEAMS = '''
+import re
+from metagpt.actions import Action, UserRequirement
+from metagpt.actions.action_node import ActionNode
+from metagpt.logs import logger
+from metagpt.roles import Role
+from metagpt.schema import Message
+from metagpt.team import Team
+
+
+def parse_code(text):
+    found = re.search(r"```python(.*)```", text, re.DOTALL)
+    return found.group(1) if found else text
+
+
+class SimpleWriteCode(Action):
+    PROMPT_TEMPLATE: str = """
+    Write a python function that can {instruction}.
+    Return ```python your_code_here ``` with NO other texts,
+    your code:
+    """
+    name: str = "SimpleWriteCode"
+
+    async def run(self, instruction: str):
+        return parse_code(await self._aask(self.PROMPT_TEMPLATE.format(instruction=instruction)))
+
+
+class SimpleCoder(Role):
+    name: str = "Alice"
+    profile: str = "SimpleCoder"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._watch([UserRequirement])
+        self.set_actions([SimpleWriteCode])
+
+
+class SimpleWriteTest(Action):
+    PROMPT_TEMPLATE: str = "Context: {context} Write {k} unit tests using pytest, your code:"
+    name: str = "SimpleWriteTest"
+
+    async def run(self, context: str, k: int = 3):
+        return parse_code(await self._aask(self.PROMPT_TEMPLATE.format(context=context, k=k)))
+
+
+class SimpleTester(Role):
+    name: str = "Bob"
+    profile: str = "SimpleTester"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.set_actions([SimpleWriteTest])
+        self._watch([SimpleWriteCode, SimpleWriteReview])
+
+    async def _act(self) -> Message:
+        logger.info(f"{self._setting}: to do {self.rc.todo}({self.rc.todo.name})")
+        todo = self.rc.todo
+        code_text = await todo.run(self.get_memories(), k=5)
+        return Message(content=code_text, role=self.profile, cause_by=type(todo))
+
+
+class SimpleWriteReview(Action):
+    PROMPT_TEMPLATE: str = "Context: {context} Review the test cases and provide one comment:"
+    name: str = "SimpleWriteReview"
+
+    async def run(self, context: str):
+        return await self._aask(self.PROMPT_TEMPLATE.format(context=context))
+
+
+class SimpleReviewer(Role):
+    name: str = "Charlie"
+    profile: str = "SimpleReviewer"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.set_actions([SimpleWriteReview])
+        self._watch([SimpleWriteTest])
+
+
+def multi(context, prompt, add_human=False):
+    team = Team()
+    team.hire([SimpleCoder(), SimpleTester(), SimpleReviewer(is_human=add_human)])
+    team.invest(investment=3.0)
+    team.run_project(prompt)
+    return team
+
+
+def human(context, prompt):
+    return multi(context, prompt, add_human=True)
+
+
+def debate(context, prompt):
+    own = context.config.model_copy(deep=True)
+    own.llm.model = "gpt-4-turbo"
+    instruction = "Express your opinion with emotion and don't repeat it"
+    action1 = Action(name="AlexSay", instruction=instruction, config=own)
+    action2 = Action(name="BobSay", instruction=instruction)
+    alex = Role(name="Alex", profile="Democrat", goal="Win", actions=[action1], watch=[action2])
+    bob = Role(name="Bob", profile="Republican", goal="Win", actions=[action2], watch=[action1])
+    team = Team(investment=10.0, env_desc="US election live broadcast", roles=[alex, bob])
+    team.run_project(prompt, send_to="Alex")
+    return team
+
+
+class SimpleRunCode(Action):
+    name: str = "SimpleRunCode"
+
+    async def run(self, code_text: str):
+        return f"ran {len(code_text)} characters"
+
+
+class RunnableCoder(Role):
+    name: str = "Alice"
+    profile: str = "RunnableCoder"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.set_actions([SimpleWriteCode, SimpleRunCode])
+        self._set_react_mode(react_mode="by_order")
+
+    async def _act(self) -> Message:
+        todo = self.rc.todo
+        result = await todo.run(self.get_memories(k=1)[0].content)
+        msg = Message(content=result, role=self.profile, cause_by=type(todo))
+        self.rc.memory.add(msg)
+        return msg
+
+
+def single(context, prompt):
+    return RunnableCoder()
+
+
+class Ask(Action):
+    async def run(self, history):
+        from metagpt.actions.di.ask_review import AskReview
+        from metagpt.utils.human_interaction import HumanInteraction
+
+        review, confirmed = await AskReview().run(history)
+        number = HumanInteraction().input_num_until_valid(3)
+        lines = HumanInteraction().multilines_input("Enter your review comment: ")
+        self.context.kwargs.run.update(progress=0.7)
+        return repr([review, confirmed, number, lines, input("And? ")])
+
+
+def asks(context, prompt):
+    return [Role(name="Ada", actions=[Ask()])]
+
+
+class Raw(Action):
+    async def run(self, history):
+        asked = [{"role": "user", "content": str(history)}]
+        whole = await self.llm.acompletion(asked)
+        code = await self.llm.aask_code(asked)
+        return whole.choices[0].message.content + code["code"]
+
+
+class Late(Action):
+    async def run(self, history):
+        late = Role(name="Lou", profile="late", actions=[Action(name="LouSay", instruction="x")])
+        late._watch([Late])
+        self.context.kwargs.team.hire([late])
+        return "hired"
+
+
+def raw(context, prompt):
+    team = Team(roles=[Role(name="Ray", profile="raw", actions=[Raw()])])
+    team.hire([Role(name="Liz", profile="hires", actions=[Late()])])
+    context.kwargs.set("team", team)
+    return team
+
+
+class Form(Action):
+    async def run(self, history):
+        form = ActionNode(key="Colour", expected_type=str, instruction="Choose", example="red")
+        node = ActionNode.from_children("Form", [form])
+        return await node.fill(context=str(history), llm=self.llm, schema="json")
+
+
+def form(context, prompt):
+    action = Action(name="Read", instruction="Read it")
+    roles = [Role(name="Flo", profile="form", actions=[Form()])]
+    return [*roles, Role(name="Rob", profile="reads", actions=[action], watch=[Form])]
+
+
+def nothing(context, prompt):
+    print("a team's own output")
+
+
+def broken(context, prompt):
+    raise ValueError("no such thing")
+
+
+shared_action = Action(name="Shared", instruction="Say it")
+
+
+def shared(context, prompt):
+    return [Role(name="Sam", actions=[shared_action])]
+'''
+TEAM_NAMES = (
+    *("multi", "human", "debate", "single", "asks", "nothing", "broken", "shared", "raw", "form"),
+)
+
+
 @pytest.fixture(scope="module")
 def metagpt(
     tmp_path_factory: pytest.TempPathFactory,
@@ -653,6 +859,9 @@ def metagpt(
     with model_server() as (model, url):
         environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, **hostile_git(git), **SECRETS}
         command = ["--port", "0", "--max-running", "12", "--allow-run-tests"]
+        (teams := tmp_path_factory.mktemp("teams")).joinpath("own_teams.py").write_text(OWN_TEAMS)
+        environ |= {"PYTHONPATH": f"{HERE}:{teams}"}
+        command += ["--teams", ",".join(f"{name}=own_teams:{name}" for name in TEAM_NAMES)]
         with process(SERVER, *command, cwd=folder, environ=environ) as server:
             yield server.client, model, server
             assert server.stop() == -signal.SIGTERM
@@ -993,6 +1202,16 @@ def test_settings_pass_over_what_kubernetes_sets(caplog: pytest.LogCaptureFixtur
             "~nobody-here/x",
             "workspace must be a folder, not '~nobody-here/x'",
         ),
+        (
+            "STREAMER_TEAMS",
+            "a=b",
+            "teams must be name=module:function,…, each name once, not a=b",
+        ),
+        (
+            "STREAMER_TEAMS",
+            "a=b:c,a=d:e",
+            "teams must be name=module:function,…, each name once, not a=b:c,a=d:e",
+        ),
         ("STREAMER_MAX_RUNNING", "0", "max_running must be a number of at least 1, not 0"),
         ("STREAMER_TEST_MODE", "maybe", "STREAMER_TEST_MODE must be true or false, not 'maybe'"),
         (
@@ -1102,6 +1321,12 @@ def test_costs_add_up_and_are_shown() -> None:
     both = {"prompt_tokens": 2, "completion_tokens": 4, "total_cost": 0.3, "max_budget": 4.0}
     assert streamer.add_costs(first, second) == both
     assert streamer.add_costs({**first, "total_cost": None}, second)["total_cost"] is None
+    own = {"prompt_tokens": 1, "completion_tokens": 2, "total_cost": 0.1}
+    total = streamer.add_costs(
+        {**first, "by_role": {"A": own, "B": own}}, {**first, "by_role": {"A": own}}
+    )
+    twice = {"prompt_tokens": 2, "completion_tokens": 4, "total_cost": 0.2}
+    assert total["by_role"] == {"A": twice, "B": own}
     assert streamer.price_text(0.3) == "$0.3000"
     assert streamer.price_text(0.3, 4.0) == "$0.3000 of $4.00"
     assert streamer.price_text(None, 4.0) == "price unknown"
@@ -1469,6 +1694,8 @@ BUSY = """
 import logging, sys, streamer
 logging.basicConfig(level=logging.INFO)
 def runner(run):
+    if run.prompt == "ask":
+        return {"answer": run.ask("Go on?", ["yes", "no"])}
     pause = float(run.prompt)
     number = 0
     while number < 1_000_000:
@@ -1593,6 +1820,21 @@ def test_restart_keeps_tasks_and_runs_a_cut_off_one_again(tmp_path: Path) -> Non
             event["event_type"] for event in log if event["event_type"] in ("TASK_START", *TERMINAL)
         ]
         assert ends == ["TASK_START", "TASK_ERROR", "TASK_START", "TASK_CANCELLED"]
+
+
+def test_restart_closes_a_question(tmp_path: Path) -> None:
+    """A run that was cut off while it asked is FAILED "interrupted", and its question is closed."""
+    with busy(tmp_path, db="streamer.db") as server:
+        watcher = server.client.follow(server.client.create("ask"))
+        question = asked(watcher)
+        server.stop(signal.SIGKILL)
+        watcher.join()
+    with busy(tmp_path, db="streamer.db") as server:
+        settled(server.client, watcher.task_id)
+        state = server.client.get(f"/api/tasks/{watcher.task_id}/state")
+        assert "interrupted" in state["error_message"]
+        assert "question" not in state
+        assert answer(server.client, watcher.task_id, question, "yes").status_code == 409
 
 
 def test_restart_runs_what_had_been_started(tmp_path: Path) -> None:
@@ -1983,6 +2225,30 @@ def test_replicas_are_one_service(tmp_path: Path, redis_server: RedisServer) -> 
         listed = [server.client.get("/api/tasks")["items"] for server in servers]
         assert listed[0] == listed[1] == listed[2]
         assert len(listed[0]) == 5
+
+
+def test_replicas_take_one_answer(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Of answers through all replicas at once the run gets one; the others are told so."""
+    with replicas(2, redis_server, tmp_path) as servers:
+        for round_ in range(3):
+            client = servers[round_ % 2].client
+            task_id = client.create("ask")
+            client.post(f"/api/tasks/{task_id}/run")
+            watchers = [server.client.follow(task_id, "start=false") for server in servers]
+            question = asked(watchers[0])
+            assert asked(watchers[1]) == question
+
+            def give(
+                number: int, task_id: str = task_id, question: Mapping[str, Any] = question
+            ) -> int:
+                client = servers[number % 2].client
+                return answer(client, task_id, question, "yes").status_code
+
+            with ThreadPoolExecutor(8) as pool:
+                assert Counter(pool.map(give, range(8))) == {202: 1, 409: 7}
+            assert watchers[0].join() == watchers[1].join()
+            assert watchers[1].last_state["final_result"] == {"answer": "yes"}
+        assert redis_server("KEYS", "streamer:answers:*") == []
 
 
 def test_replica_that_is_killed_leaves_nobody_hanging(
@@ -2842,6 +3108,189 @@ def test_run_is_held_back_while_the_loop_is_behind(tmp_path: Path) -> None:
 # -----------------------------------------------------------------------------
 
 
+def asked(watcher: Watcher, number: int = 1) -> dict[str, Any]:
+    """The question that is open, once so many were asked."""
+    watcher.wait_for(lambda: len(watcher.of("QUESTION")) >= number)
+    return dict(watcher.until(lambda state: opened_after(state, watcher, number))["question"])
+
+
+def opened_after(state: dict[str, Any], watcher: Watcher, number: int) -> bool:
+    question_id = watcher.of("QUESTION")[number - 1]["payload"]["question_id"]
+    return bool(state.get("question", {}).get("question_id") == question_id)
+
+
+def answer(client: Client, task_id: str, question: Mapping[str, Any], text: str) -> httpx2.Response:
+    given = {"question_id": question["question_id"], "answer": text}
+    return client.http.post(f"/api/tasks/{task_id}/answers", json=given)
+
+
+def answering(client: Client, task_id: str, *answers: str) -> Watcher:
+    """Watches a task to its end, and answers what it asks, one after the other."""
+    watcher = client.follow(task_id)
+    for number, text in enumerate(answers, start=1):
+        response = answer(client, task_id, asked(watcher, number), text)
+        assert response.status_code == 202, response.text
+    watcher.join()
+    return watcher
+
+
+def two_questions(run: Run) -> dict[str, Any]:
+    colour = run.ask("Which colour?", ["red", "blue"], "Painter")
+    return {"colour": colour, "why": run.ask("Why?")}
+
+
+def test_question_is_answered_once_by_whoever_comes(tmp_path: Path, stored: dict[str, Any]) -> None:
+    """It is in the state of all clients, takes its choices only, and one answer, over any way."""
+    with live(two_questions, tmp_path, max_prompt=100, **stored) as client:
+        task_id = client.create()
+        first = client.follow(task_id)
+        question = asked(first)
+        assert question == {
+            "message": "Which colour?",
+            "question_id": question["question_id"],
+            "choices": ["red", "blue"],
+            "free_text": False,
+            "agent_role": "Painter",
+        }
+        assert client.get(f"/api/tasks/{task_id}/state")["question"] == question
+        late = client.follow(task_id)
+        assert late.states[0]["question"] == question
+        wrong = answer(client, task_id, question, "green")
+        message = "answer must be one of red, blue, not 'green'"
+        assert (wrong.status_code, wrong.json()["error"]["message"]) == (400, message)
+        assert answer(client, task_id, question, "x" * 101).status_code == 400
+        assert answer(client, task_id, {"question_id": "another"}, "red").status_code == 409
+        assert answer(client, "0" * 32, question, "red").status_code == 404
+        unknown = {"question_id": question["question_id"], "answer": "red", "by": "me"}
+        path = f"/api/tasks/{task_id}/answers"
+        assert client.http.post(path, json=unknown).status_code == 400
+        with client.socket(task_id) as websocket:
+            for text in ("green", " Red "):
+                given = {"question_id": question["question_id"], "answer": text}
+                websocket.send(json.dumps({"type": "answer", **given}))
+            error = receive_until(websocket, lambda message: message["type"] == "error")
+            assert error["data"] == {"code": "invalid_request", "message": message}
+            receive_until(websocket, is_event("ANSWER"))
+        again = answer(client, task_id, question, "blue")
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "question_closed")
+        question = asked(late, 2)
+        assert (question["choices"], question["free_text"]) == (None, True)
+        assert answer(client, task_id, question, "because 游戏").status_code == 202
+        log = late.join()
+        assert first.join() == log
+    kinds = ["TASK_START", "QUESTION", "ANSWER", "QUESTION", "ANSWER", "RESULT", "TASK_COMPLETE"]
+    assert [event["event_type"] for event in log] == kinds
+    assert late.of("ANSWER")[0]["payload"]["message"] == "red"
+    assert late.last_state["final_result"] == {"colour": "red", "why": "because 游戏"}
+    assert "question" not in late.last_state
+
+
+NOBODY = "nobody answered within 0.2 s, the setting answer_timeout: 'Which colour?'"
+
+
+@pytest.mark.parametrize(
+    ("end", "seconds", "status", "reason"),
+    [
+        ("cancel", 9, "CANCELLED", "cancelled by a client"),
+        ("delete", 9, "CANCELLED", "cancelled by a client"),
+        ("shutdown", 9, "CANCELLED", "cancelled: the server is shutting down"),
+        ("time", 0.2, "FAILED", NOBODY),
+    ],
+)
+def test_question_ends_with_its_run(
+    tmp_path: Path, end: str, seconds: float, status: str, reason: str
+) -> None:
+    """A cancel, a delete, a shutdown and the time for an answer end it, and the run with it."""
+    with live(two_questions, tmp_path, answer_timeout=seconds * TIMEOUT / 30) as client:
+        watcher = client.follow(client.create())
+        watcher.wait_for(lambda: watcher.of("QUESTION"))
+        path = f"/api/tasks/{watcher.task_id}"
+        if end == "cancel":
+            assert client.post(f"{path}/cancel").status_code == 202
+        elif end == "delete":
+            assert client.http.delete(path).status_code == 204
+            assert client.http.get(path).status_code == 404
+        if end != "shutdown":
+            watcher.join()
+    watcher.join()
+    assert watcher.last_state["status"] == status
+    assert watcher.events[-1]["payload"]["message"] == reason
+    assert "question" not in watcher.last_state
+
+
+def test_question_is_cut_and_its_choices_are_not(tmp_path: Path) -> None:
+    """A question that is long is cut; choices that would have to be are the runner's error."""
+
+    def runner(run: Run) -> dict[str, Any]:
+        with pytest.raises(ValueError, match="choices must have at most 8 characters each, and 32"):
+            run.ask("Which?", ["123456789"])
+        return {"answer": run.ask("游" * 5000, ["12345678", "continue", "stop"])}
+
+    with live(runner, tmp_path, max_event_bytes=256) as client:
+        watcher = client.follow(client.create())
+        question = asked(watcher)
+        assert question["choices"] == ["12345678", "continue", "stop"]
+        assert answer(client, watcher.task_id, question, "continue").status_code == 202
+        watcher.join()
+    assert watcher.last_state["final_result"] == {"answer": "continue"}
+
+
+def test_questions_of_several_threads_are_asked_one_after_the_other(tmp_path: Path) -> None:
+    """Each thread gets the answer to its own question."""
+
+    def runner(run: Run) -> dict[str, Any]:
+        with ThreadPoolExecutor(3) as pool:
+            return dict(zip("abc", pool.map(run.ask, "abc"), strict=True))
+
+    with live(runner, tmp_path) as client:
+        watcher = client.follow(client.create())
+        for number in range(1, 4):
+            question = asked(watcher, number)
+            response = answer(client, watcher.task_id, question, question["message"] * 2)
+            assert response.status_code == 202
+        watcher.join()
+    assert watcher.last_state["final_result"] == {"a": "aa", "b": "bb", "c": "cc"}
+    kinds = [event["event_type"] for event in watcher.of("QUESTION", "ANSWER")]
+    assert kinds == ["QUESTION", "ANSWER"] * 3
+
+
+def test_question_takes_none_of_the_tasks_time(tmp_path: Path) -> None:
+    """The clock of the task stands while a person is asked, and goes on after the answer."""
+
+    def runner(run: Run) -> None:
+        run.ask("Why?")
+        run.wait(TIMEOUT)
+
+    with live(runner, tmp_path, heartbeat=0.05) as client:
+        watcher = client.follow(client.create(options={"timeout": 1}))
+        question = asked(watcher)
+        watcher.wait_for(lambda: len(watcher.states) > 60)  # two seconds and more
+        assert answer(client, watcher.task_id, question, "so").status_code == 202
+        watcher.join()
+    assert watcher.last_state["error_message"] == "timed out after 1 s (options.timeout)"
+    began, *_, ended = [datetime.fromisoformat(event["timestamp"]) for event in watcher.events]
+    assert (ended - began).total_seconds() > 2
+
+
+def test_scripted_team_asks_where_it_is_to(tmp_path: Path) -> None:
+    """Test mode plays `approve`: a remark is in the next text, stop ends it with the word."""
+    with process("-c", QUICK, "--test-mode", "--port", "0", cwd=tmp_path) as server:
+        client = server.client
+        options = {"approve": ["WritePRD", "WriteDesign"]}
+        task_id = client.create(options=options)
+        watcher = answering(client, task_id, "use SQLite", "continue")
+        assert watcher.last_state["status"] == "SUCCEEDED"
+        design = client.http.get(f"/api/tasks/{task_id}/artifacts/docs/system_design.md").text
+        assert design.endswith("As a person remarked: use SQLite\n")
+        stopped = answering(client, client.create(options=options), "stop: too dear")
+    reason = "stopped by a person after WritePRD: stop: too dear"
+    assert stopped.events[-1]["payload"]["message"] == reason
+    assert [event["event_type"] for event in stopped.of("QUESTION", *TERMINAL)] == [
+        "QUESTION",
+        "TASK_CANCELLED",
+    ]
+
+
 @pytest.mark.main_path
 def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     """Test mode: the real team's roles, event types and states, labelled as a test everywhere."""
@@ -2890,7 +3339,8 @@ def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> Non
     record = scripted.watch(task_id)
     team = [part[4].replace("{prompt}", "Build a todo app") for part in streamer.SCRIPT[:3]]
     tokens = before["completion_tokens"] + sum(len(text.split()) for text in team)
-    cost = {"prompt_tokens": 0, "completion_tokens": tokens, "total_cost": 0.0, "max_budget": 2}
+    cost = {"prompt_tokens": 0, "completion_tokens": tokens, "total_cost": 0.0}
+    cost |= {"max_budget": 2, "by_role": {}}
     assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
     assert (
         f"\nstreamer_model_completion_tokens_total {tokens}" in scripted.http.get("/metrics").text
@@ -3810,12 +4260,12 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
 SEVERAL_MODELS = """
 import json, re, sys, types, streamer
 models = json.loads(sys.argv[1])
-class Team(streamer._Team):
+class Company(streamer._Company):
     def __init__(self, engine, run):
         config = engine.config.model_copy(deep=True)
         config.llm = type(config.llm)(**models[re.search(r"\\[llm=([\\w-]+)\\]", run.prompt)[1]])
         super().__init__(types.SimpleNamespace(**{**vars(engine), "config": config}), run)
-streamer._Team = Team
+streamer._Company = Company
 settings = streamer.Settings(port=0, max_running=12, model_timeout=4.0)
 streamer.serve(streamer.create_app(settings), settings)
 """
@@ -4432,8 +4882,12 @@ def test_metagpt_model_without_a_price(tmp_path: Path) -> None:
         "completion_tokens": used["completion_tokens"],
         "total_cost": None,
         "max_budget": 0.001,
+        "by_role": record.last_state["cost"]["by_role"],
     }
     assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
+    assert {role: own["total_cost"] for role, own in cost["by_role"].items()} == dict.fromkeys(
+        ("ProductManager", "Architect", "ProjectManager")
+    )
     message = record.of("RESULT")[0]["payload"]["message"]
     assert re.fullmatch(r"\d+ files, \d+ rounds, price unknown", message)
     assert record.data("state")[0]["cost"]["total_cost"] == 0  # no model was used yet
@@ -4530,6 +4984,205 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
             used["completion_tokens"],
         )
     # One client, one task.
+    assert [marks for _, marks in model.connections.values() if len(marks) > 1] == []
+
+
+def acts(record: Watcher) -> list[tuple[str, str]]:
+    """Who did what, in order."""
+    return [
+        (event["agent_role"], event["payload"]["action"]) for event in record.of("AGENT_COMPLETE")
+    ]
+
+
+def test_metagpt_observes_any_team(metagpt: tuple[Client, ModelServer, Process]) -> None:
+    """Its tutorials, wrapped in a function: tokens, messages, progress and cost by their names."""
+    client, model, _ = metagpt
+    assert client.get("/healthz")["teams"] == list(TEAM_NAMES)
+    teams = {"multi": 5, "debate": 4, "single": 3, "shared": 2, "human": 3, "raw": 3}
+
+    def run(name: str) -> Watcher:
+        options = {"team": name, "n_round": teams[name]}
+        answers = ["not whole"] if name == "human" else []
+        return answering(client, client.create(f"[mark={name}]", options=options), *answers)
+
+    with ThreadPoolExecutor(len(teams)) as pool:
+        records = dict(zip(teams, pool.map(run, teams), strict=True))
+    for name, record in records.items():
+        assert record.last_state["status"] == "SUCCEEDED", record.last_state
+        cost = record.last_state["cost"]
+        for kind in ("prompt_tokens", "completion_tokens"):
+            assert cost[kind] == model.usage[name][kind] > 0
+            assert cost[kind] == sum(own[kind] for own in cost["by_role"].values())
+        said = {(event["agent_role"], event["payload"]["action"]) for event in record.of("TOKEN")}
+        assert {role for role, _ in said} == set(cost["by_role"])
+        assert said <= set(acts(record))
+    tested = [("Bob", "SimpleWriteTest"), ("Charlie", "SimpleWriteReview")]
+    assert acts(records["multi"]) == [("Alice", "SimpleWriteCode"), *tested, *tested]
+    assert acts(records["debate"]) == [("Alex", "AlexSay"), ("Bob", "BobSay")] * 2
+    assert acts(records["single"]) == [("Alice", "SimpleWriteCode"), ("Alice", "SimpleRunCode")]
+    assert acts(records["human"]) == [("Alice", "SimpleWriteCode"), *tested]
+    prompt = records["debate"].of("MESSAGE")[0]
+    assert (prompt["agent_role"], prompt["payload"]["send_to"]) == (None, ["Alex"])
+    causes = [event["payload"]["cause_by"] for event in records["debate"].of("MESSAGE")]
+    assert causes == ["UserRequirement", "AlexSay", "BobSay", "AlexSay", "BobSay"]
+    asked = {json.loads(body)["model"] for body in model.bodies["debate"]}
+    assert asked == {"gpt-4o", "gpt-4-turbo"}
+    by_role = records["debate"].last_state["cost"]["by_role"]
+    price = {"Alex": (0.01, 0.03), "Bob": (0.005, 0.015)}
+    for role, own in by_role.items():
+        dollars = own["prompt_tokens"] * price[role][0] + own["completion_tokens"] * price[role][1]
+        assert own["total_cost"] == pytest.approx(dollars / 1000, abs=1e-6)
+    assert {state["progress"] for state in records["debate"].states} >= {0.25, 0.5, 0.75, 1.0}
+    ends = {
+        name: record.last_state["final_result"]["end_reason"] for name, record in records.items()
+    }
+    idle = dict.fromkeys(("single", "shared", "raw"), "idle")
+    assert ends == {**dict.fromkeys(teams, "rounds"), **idle}
+    done = [("Liz", "Late"), ("Lou", "LouSay"), ("Ray", "Raw")]  # Lou was hired in mid-run
+    assert sorted(acts(records["raw"])) == done
+    code = [event["payload"]["message"] for event in records["raw"].of("TOKEN")]
+    block = "```python\nprint('[mark=raw]')\n```"
+    assert Counter(code) == {
+        block: 2,
+        '{"language":"python","code":"print(\'[mark=raw]\')\\n"}': 1,
+    }
+    waits = [state["waiting_on"] for state in records["multi"].states if "waiting_on" in state]
+    assert ("Bob", "SimpleWriteTest") in {(wait["agent_role"], wait["action"]) for wait in waits}
+    (question,) = records["human"].of("QUESTION")
+    assert question["agent_role"] == "Charlie"
+    assert "Review the test cases" in question["payload"]["message"]
+    assert records["human"].of("MESSAGE")[-1]["payload"]["content"] == "not whole"
+
+
+def test_metagpt_asks_a_person_for_whatever_reads_its_input(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
+    """MetaGPT's questions and a role's own input() are questions of the task, of the role."""
+    client, _, _ = metagpt
+    task_id = client.create(options={"team": "asks"})
+    record = answering(client, task_id, "confirm it", "7", " 2 ", "two\nlines", "no")
+    assert record.last_state["status"] == "SUCCEEDED", record.last_state
+    assert [event["agent_role"] for event in record.of("QUESTION")] == ["Ada"] * 5
+    (message,) = record.of("MESSAGE")[1:]
+    answers = ast.literal_eval(message["payload"]["content"])
+    assert answers == ["confirm it", True, 2, "two\nlines", "no"]
+    assert {state["progress"] for state in record.states} == {0.0, 0.7, 1.0}  # its own
+    record = answering(client, client.create(options={"team": "asks"}), "exit")
+    assert record.last_state["status"] == "CANCELLED"
+    assert record.events[-1]["payload"]["message"] == "stopped by a person, who answered exit"
+
+
+def test_metagpt_team_that_cannot_be_made_says_why(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
+    """A team's function that fails, or returns something else, is the reason, with its name."""
+    client, _, _ = metagpt
+    reasons = {
+        "nothing": "the function of 'nothing' must return MetaGPT's Team, or roles, not NoneType",
+        "broken": "the function of 'broken' raised ValueError: no such thing",
+    }
+    for name, reason in reasons.items():
+        state = client.watch(client.create(options={"team": name})).last_state
+        assert (state["status"], state["error_message"]) == ("FAILED", f"the team failed: {reason}")
+    options = {"team": "debate", "approve": ["AlexSay", "EveSay"]}
+    state = client.watch(client.create(options=options)).last_state
+    reason = "the team 'debate' has no action 'EveSay'; its actions are AlexSay, BobSay"
+    assert state["error_message"] == f"the team failed: options.approve: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("team", "reason"),
+    [
+        ("late_team:no_such", "late_team has no function no_such"),
+        ("late_team.part:make", "ModuleNotFoundError: No module named 'late_team.part'"),
+    ],
+)
+def test_metagpt_team_that_cannot_be_imported_is_said(
+    tmp_path: Path, team: str, reason: str
+) -> None:
+    """Once MetaGPT is loaded: by /healthz, in the log, and as the reason of every task."""
+    (tmp_path / "late_team.py").write_text("import metagpt.team\n")
+    command = ("--port", "0", "--teams", f"own={team}")
+    with process(SERVER, *command, cwd=tmp_path, environ={"OPENAI_API_KEY": KEY}) as server:
+        state = server.client.watch(server.client.create()).last_state
+        health = server.client.http.get("/healthz")
+    said = f"MetaGPT could not be loaded: the team 'own' ({team}) cannot be imported: {reason}"
+    assert state["error_message"].startswith(said)
+    assert (health.status_code, health.json()["engine"][: len(said)]) == (503, said)
+
+
+def test_metagpt_passes_a_remark_on(metagpt: tuple[Client, ModelServer, Process]) -> None:
+    """What a person says after an action is in the next role's prompt, with the document."""
+    client, model, _ = metagpt
+
+    def run(mark: str, options: dict[str, Any], *answers: str) -> Watcher:
+        task_id = client.create(f"Build [mark={mark}]", options={"code_review": False, **options})
+        return answering(client, task_id, *answers)
+
+    company = {"approve": ["WritePRD", "WriteDesign", "WriteTasks", "WriteCode"]}
+    own = {"approve": ["AlexSay"], "team": "debate", "n_round": 2}
+    form = {"approve": ["Form"], "team": "form", "n_round": 2}
+    with ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(run, "approve0", company, "use SQLite", "Continue", "in C", "continue"),
+            pool.submit(run, "approve1", company, "stop: too dear"),
+            pool.submit(run, "approve2", own, "be kind"),
+            pool.submit(run, "approve3", form, "or green"),
+        ]
+        whole, stopped, debate, formed = [future.result() for future in futures]
+    remark = streamer.REMARK
+    assert [remark in prompt for prompt in model.requests["approve0"]] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert f'"{remark}": "use SQLite"' in model.requests["approve0"][1]
+    assert "in C" in model.requests["approve0"][3]
+    assert whole.last_state["status"] == "SUCCEEDED"
+    choices = [event["payload"]["free_text"] for event in whole.of("QUESTION")]
+    assert choices == [True, True, True, False]
+    prd = next(path for path in whole.last_state["final_result"]["files"] if "/docs/prd/" in path)
+    kept = client.get(f"/api/tasks/{whole.task_id}/artifacts/{prd}")
+    assert kept[remark] == "use SQLite"
+    assert stopped.last_state["status"] == "CANCELLED"
+    reason = "stopped by a person after WritePRD: stop: too dear"
+    assert stopped.events[-1]["payload"]["message"] == reason
+    assert len(model.requests["approve1"]) == 1
+    assert [f"{remark}: be kind" in prompt for prompt in model.requests["approve2"]] == [
+        False,
+        True,
+    ]
+    for record in (debate, formed):
+        assert record.last_state["status"] == "SUCCEEDED", record.last_state
+    assert "'remark_of_the_user': 'or green'" in model.requests["approve3"][1]
+
+
+def test_metagpt_isolates_teams_of_several_kinds(
+    metagpt: tuple[Client, ModelServer, Process],
+) -> None:
+    """Eight at once, own models included: no marker crosses, and costs are each one's own."""
+    client, model, _ = metagpt
+    kinds = [None, "multi", "debate", None, "multi", "debate", "shared", "shared"]
+    marks = [f"kind{number}" for number in range(8)]
+
+    def run(number: int) -> Watcher:
+        options = {"team": kinds[number], "n_round": 4}
+        return client.watch(client.create(f"Build [mark={marks[number]}]", options=options))
+
+    with ThreadPoolExecutor(len(marks)) as pool:
+        records = list(pool.map(run, range(len(marks))))
+    for mark, record in zip(marks, records, strict=True):
+        assert record.last_state["status"] == "SUCCEEDED", record.last_state
+        foreign = [f"[mark={other}]" for other in marks if other != mark]
+        texts = [json.dumps(record.messages), *model.requests[mark]]
+        assert [(name, text[:80]) for name in foreign for text in texts if name in text] == []
+        assert len(model.requests[mark]) >= 2 or mark in ("kind6", "kind7")
+        cost = record.last_state["cost"]
+        used = model.usage[mark]
+        for kind in ("prompt_tokens", "completion_tokens"):
+            assert cost[kind] == used[kind] > 0
     assert [marks for _, marks in model.connections.values() if len(marks) > 1] == []
 
 
@@ -5928,6 +6581,10 @@ BAD_OPTIONS = [
     ('{"project_name": "../x"}', "options.project_name must be"),
     ('{"timeout": 1e99}', "options.timeout must be"),
     ('{"timeout": 9999}', "options.timeout must be at most 3600 s"),
+    ('{"team": "debate"}', "options.team must be left out: the setting teams names none"),
+    ('{"team": 1}', "options.team must be the name of a team, not the number 1"),
+    ('{"approve": "WritePRD"}', "options.approve must be a list of actions, of WritePRD,"),
+    ('{"approve": ["WriteIt"]}', "options.approve: 'WriteIt' is unknown; the actions are WritePRD"),
 ]
 GOOD_BODY = b'{"input_prompt": "x"}'
 BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
@@ -5941,6 +6598,10 @@ BAD_REQUESTS: list[tuple[str, dict[str, str], bytes, int, str]] = [
     ("", {**JSON, "Idempotency-Key": "k" * 256}, GOOD_BODY, 400, "Idempotency-Key must be"),
     ("/nope/run", JSON, b"", 404, "task 'nope' not found"),
     ("/nope/cancel", JSON, b"", 404, "task 'nope' not found"),
+    ("/nope/answers", JSON, b'{"question_id": "q", "answer": "a"}', 404, "task 'nope' not found"),
+    ("/nope/answers", JSON, b'{"question_id": "q"}', 400, "answer is missing"),
+    ("/nope/answers", JSON, b'{"question_id": 1, "answer": "a"}', 400, "question_id must be"),
+    ("/nope/answers", JSON, b'{"question_id": "q", "answer": " "}', 400, "not only blanks"),
     ("/" + "x" * 500 + "/run", JSON, b"", 404, "not found"),
     ("/%00%ff%0a/run", JSON, b"", 404, "not found"),
     ("x", JSON, b"", 404, "POST '/api/tasksx': Not Found"),
@@ -6071,6 +6732,11 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
             error = receive_until(websocket, lambda message: message["type"] == "error")
             assert error["data"]["code"] == "invalid_request"
             assert 'expected {"type": "ping"}' in error["data"]["message"]
+        answers = {"invalid_request": {}, "question_closed": {"question_id": "q", "answer": "a"}}
+        for code, given in answers.items():
+            websocket.send(json.dumps({"type": "answer", **given}))
+            error = receive_until(websocket, lambda message: message["type"] == "error")
+            assert error["data"]["code"] == code
         websocket.send('{"type": "ping"}')
         receive_until(websocket, lambda message: message["type"] == "pong")
         gate.go.set()
@@ -7139,6 +7805,7 @@ class Fuzzer:
         "state",
         "run",
         "cancel",
+        "answers",
         "healthz",
         "metrics",
         "..",
@@ -7450,6 +8117,46 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": 360, "height": 740})
         assert fits(page)
+
+
+def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
+    """A team is chosen by name; a question is answered by the keyboard, by button or text."""
+    page = chromium
+
+    def runner(run: Run) -> dict[str, Any]:
+        colour = run.ask(f"<b>Which?</b> {ODD_TEXT}", ["red", "blue"], "Painter", free_text=True)
+        return {"team": run.options["team"], "colour": colour, "more": run.ask("More?", ["no"])}
+
+    settings = Settings(workspace=tmp_path, test_mode=True, grace=5.0)
+    app = create_app(settings, runner=runner, teams={"painters": lambda context, prompt: []})
+    with serving(streamer.Server(app, settings), loopback()) as url:
+        client = Client(url)
+        page.goto(url)
+        page.click("summary:has-text('Options')")
+        page.select_option("[name=team]", "painters")
+        page.fill("[name=approve]", "Paint, Draw")
+        page.fill("#prompt", "Paint")
+        page.click("#form button")
+        page.wait_for_selector("#question:visible #asked:has-text('Painter asks: <b>Which?</b>')")
+        assert fits(page)
+        page.fill("#answer", " ")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#refused:has-text('not only blanks')")
+        page.fill("#answer", ODD_TEXT)
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#asked:has-text('The team asks: More?')")
+        assert not page.is_visible("#answer")
+        page.focus("#choices button")
+        page.keyboard.press("Space")
+        page.wait_for_selector("#status.SUCCEEDED")
+        assert not page.is_visible("#question")
+        (task,) = client.get("/api/tasks")["items"]
+        state = client.get(f"/api/tasks/{task['id']}/state")
+        client.http.close()
+    assert state["final_result"] == {"team": "painters", "colour": ODD_TEXT, "more": "no"}
+    assert task["options"]["approve"] == ["Paint", "Draw"]
 
 
 def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
@@ -7865,20 +8572,70 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         assert command.errors == ["STREAMER_PROT is unknown (did you mean STREAMER_PORT?)\n"]
 
 
-def on_terminal(folder: Path, *command: str) -> tuple[int, str]:
-    """The exit code of `python …` on a terminal of 80 columns, and all that it wrote there."""
+@pytest.mark.parametrize(
+    ("typed", "code", "parts"),
+    [
+        (
+            "\nblue\ncontinue\n",
+            0,
+            ["not only blanks; it has 0", "ANSWER: blue", "As a person remarked: blue"],
+        ),
+        ("stop", 1, ["standard input has ended: nobody can answer", "TASK_CANCELLED: cancelled"]),
+    ],
+)
+def test_run_asks_in_the_terminal(tmp_path: Path, typed: str, code: int, parts: list[str]) -> None:
+    """A line of standard input is the answer; without one nobody can answer, and that is said."""
+    command = ["-c", QUICK, "run", "Build", "--test-mode", "--approve", "WritePRD, WriteDesign"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        input=typed,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert "\nanswer (continue, stop, any text):\n" in done.stdout
+    assert [part for part in parts if part not in done.stdout] == []
+
+
+def test_run_asks_on_a_terminal(tmp_path: Path) -> None:
+    """The display makes room for what is typed, and goes on after it."""
+    command = ("-c", QUICK, "run", "Build", "--test-mode", "--approve", "WritePRD")
+    code, text = on_terminal(tmp_path, *command, typed={"answer (continue, stop": b"continue\n"})
+    assert code == 0
+    asked = text.index("answer (continue, stop, any text):")
+    assert "━" not in text[asked : text.index("continue\r\n", asked)]
+    assert "100%" in text[asked:]
+
+
+def on_terminal(
+    folder: Path, *command: str, typed: Mapping[str, bytes] = types.MappingProxyType({})
+) -> tuple[int, str]:
+    """The exit code of `python …` on a terminal of 80 columns, and all that it wrote there.
+
+    `typed`: what is typed once a text was written.
+    """
+    left = dict(typed)
     ours, theirs = os.openpty()
     os.set_inheritable(theirs, True)
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
     environ["PYTHONPATH"] = str(HERE)
     popen = subprocess.Popen(
-        [sys.executable, *command], cwd=folder, stdout=theirs, stderr=theirs, env=environ
+        [sys.executable, *command],
+        cwd=folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environ,
     )
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # Linux says so when the other end is closed
         while data := os.read(ours, 65536):
             output += data
+            for text in [text for text in left if text in output.decode(errors="replace")]:
+                os.write(ours, left.pop(text))
     os.close(ours)
     return popen.wait(TIMEOUT), output.decode()
 
@@ -8190,6 +8947,16 @@ def test_watcher_exits_by_the_outcome(tmp_path: Path) -> None:
         with process(watcher, "nope", "--url", client.url, cwd=tmp_path) as command:
             assert command.wait() == 2
             assert "not found" in command.output.decode()
+    with live(two_questions, tmp_path) as client:
+        done = subprocess.run(
+            [sys.executable, watcher, client.create(), "--url", client.url],
+            input="green\nred\nso it is\n",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "answer must be one of red, blue, not 'green'" in done.stdout
+        assert "RESULT" in done.stdout
     with process(watcher, "nope", "--url", client.url, cwd=tmp_path) as command:
         assert command.wait() == 2
         assert "cannot connect" in "".join(command.errors)
@@ -8374,6 +9141,7 @@ def test_readme_mounting_example_runs(tmp_path: Path) -> None:
 
 def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     """Those with `.venv/bin/python`, but for installing and the tests, by the scripted team."""
+    (tmp_path / "my_teams.py").write_text(readme_example("python", "def debate"))
     text = (HERE / "README.md").read_text()
     commands = re.findall(r"\.venv/bin/python ([^`&\n#]*)", text)
     seen = set()
@@ -8434,7 +9202,7 @@ def test_readme_names_every_setting_and_route() -> None:
 
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
     """The runner of one's own, as the README shows it, says where it is."""
-    code = readme_example("python", "def runner").replace(
+    code = readme_example("python", "working on").replace(
         "Settings()", "Settings(port=0, test_mode=True)"
     )
     with process("-c", code, cwd=tmp_path) as server:
@@ -8443,9 +9211,48 @@ def test_readme_embedding_example_runs(tmp_path: Path) -> None:
         assert record.of("MESSAGE")
 
 
+def test_readme_question_example_runs(tmp_path: Path) -> None:
+    code = readme_example("python", "run.ask(").replace(
+        "Settings()", "Settings(port=0, test_mode=True)"
+    )
+    with process("-c", code, cwd=tmp_path) as server:
+        record = answering(server.client, server.client.create(), "red")
+    assert record.last_state["final_result"] == {"colour": "red"}
+
+
+def test_readme_team_runs(tmp_path: Path) -> None:
+    """The team of one's own, as the README writes and starts it."""
+    (tmp_path / "my_teams.py").write_text(readme_example("python", "def debate"))
+    (command,) = [line for line in readme_blocks("A team of your own") if " run " in line]
+    with model_server() as (model, url):
+        environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}
+        words = shlex.split(command.removeprefix(".venv/bin/python streamer.py"))
+        with process(SERVER, *words, cwd=tmp_path, environ=environ) as done:
+            assert done.wait() == 0, done.errors
+    assert re.findall(r"\[(\w+)\] AGENT_START: \w+ starts (\w+)", done.output.decode()) == [
+        ("Alex", "AlexSay"),
+        ("Bob", "BobSay"),
+        ("Alex", "AlexSay"),
+        ("Bob", "BobSay"),
+    ]
+    assert len(model.requests[""]) == 4
+
+
 # -----------------------------------------------------------------------------
 # Commands
 # -----------------------------------------------------------------------------
+
+
+def answer_here(websocket: ClientConnection, question: Mapping[str, Any]) -> None:
+    """Sends the next line of standard input."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += (piece := os.read(0, 1))
+        if not piece:
+            return
+    given = {"question_id": question["question_id"], "answer": line.decode().strip()}
+    with contextlib.suppress(ConnectionClosed):
+        websocket.send(json.dumps({"type": "answer", **given}))
 
 
 def watch(task_id: str, url: str, token: str = "") -> int:
@@ -8455,6 +9262,7 @@ def watch(task_id: str, url: str, token: str = "") -> int:
     status = ""
     cursor = -1
     headers = {"Authorization": f"Bearer {token}"} if token else None
+    question: Any = None
     while cursor < after or cursor == -1:
         cursor = max(after, 0)
         address = f"{url.rstrip('/').replace('http', 'ws', 1)}/ws/tasks/{task_id}?after={after}"
@@ -8465,8 +9273,16 @@ def watch(task_id: str, url: str, token: str = "") -> int:
                     transcript.show(message)
                     after = message["data"].get("event_id", after)
                     status = message["data"].get("status", status)
-                    if message["type"] == "error":
+                    before = question
+                    if message["type"] == "state":
+                        question = message["data"].get("question")
+                    refused = message["type"] == "error"
+                    if refused and not question:
                         return 2
+                    if question and (refused or question != before):
+                        transcript.ask(question)
+                        answering_here = partial(answer_here, websocket, question)
+                        threading.Thread(target=answering_here, daemon=True).start()
                 return 0 if status == TaskStatus.SUCCEEDED else 1
         except ConnectionClosed as error:
             print(f"\nconnection lost ({error}); resuming after event {after}", file=sys.stderr)
