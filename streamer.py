@@ -7999,581 +7999,817 @@ PAGE_POLICY = (
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>streamer</title><link rel="icon" href="data:,"><style nonce="NONCE">
+<title>streamer</title><link rel="icon" href="data:image/svg+xml,
+<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24' fill='none' stroke='white'>
+<rect width='24' height='24' rx='6' fill='%233457d5' stroke='none'/>
+<path stroke-width='2.4' d='M5 8q3.5-3 7 0t7 0M5 13q3.5-3 7 0t7 0M5 18h7'/></svg>">
+<style nonce="NONCE">
 :root {
   color-scheme: light dark;
-  --bg: #fff;
-  --box: #f4f5f7;
-  --fg: #1b1f24;
-  --dim: #5d6673;
-  --line: #d5d9df;
-  --link: #0a58c2;
-  --good: #1a7f37;
-  --bad: #b42318;
-  --tone: 36%;
-  font: 15px/1.45 system-ui, sans-serif;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #14171b;
-    --box: #1e2329;
-    --fg: #e4e7eb;
-    --dim: #9aa4b0;
-    --line: #363d46;
-    --link: #7ab7ff;
-    --good: #4ac26b;
-    --bad: #ff8a7d;
-    --tone: 68%;
-  }
+  --back: light-dark(#f3f4f8, #101217);
+  --card: light-dark(#fff, #1a1d24);
+  --text: light-dark(#1a1d24, #e6e8ee);
+  --dim: light-dark(#586070, #a0a8b8);
+  --line: light-dark(#d9dce4, #30353f);
+  --accent: light-dark(#3457d5, #9db2ff);
+  --good: light-dark(#17703a, #5fd08a);
+  --bad: light-dark(#b3261e, #ff938a);
+  font: 15px/1.5 system-ui, sans-serif;
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg); }
-header {
-  display: flex; gap: .8em; align-items: baseline; flex-wrap: wrap;
-  padding: .5em 1em; border-bottom: 1px solid var(--line);
-}
-h1 { font-size: 1.1em; margin: 0; }
-h2 { font-size: 1em; margin: 1em 0 .4em; overflow-wrap: anywhere; }
-#mode:not(:empty) {
-  background: #ffd33d; color: #1b1f24; font-weight: 600;
-  padding: 0 .5em; border-radius: .3em;
-}
-#app { display: grid; grid-template-columns: 19em minmax(0, 1fr); }
-nav { padding: 1em; border-right: 1px solid var(--line); }
-main { padding: 0 1em 4em; }
-ul, ol { list-style: none; margin: 0; padding: 0; }
-p { margin: .4em 0; }
-textarea, select, input[type=number], input[type=text] {
-  width: 100%; font: inherit; color: inherit; background: var(--bg);
-  border: 1px solid var(--dim); border-radius: .3em; padding: .3em;
-}
-textarea { min-height: 5em; resize: vertical; }
-button {
-  font: inherit; color: var(--link); background: var(--box); cursor: pointer;
-  border: 1px solid var(--line); border-radius: .3em; padding: .2em .8em;
-}
-button.plain {
-  border: 0; background: none; padding: 0; text-align: left; overflow-wrap: anywhere;
-}
-a { color: var(--link); }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 1px; }
-label { display: block; margin: .3em 0; }
-label:has([type=checkbox]) { display: flex; gap: .4em; }
-form button { margin-top: .5em; }
-#tasks a {
-  display: block; padding: .3em .4em; border-radius: .3em; text-decoration: none;
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-#tasks a[aria-current] { background: var(--box); font-weight: 600; }
-#tasks small { display: block; }
-small, time, .LOG, .dim { color: var(--dim); font-weight: normal; }
-.bad, .ERROR, .TASK_ERROR, .FAILED { color: var(--bad); }
-.TASK_COMPLETE, .SUCCEEDED { color: var(--good); }
-.note { color: var(--dim); font-style: italic; }
-#head {
-  position: sticky; top: 0; z-index: 1;
-  background: var(--bg); padding: .5em 0; border-bottom: 1px solid var(--line);
-}
-#head h2 { margin-top: 0; }
-progress { width: 100%; accent-color: var(--good); }
-.row { display: flex; gap: .6em; flex-wrap: wrap; align-items: center; }
-.lane {
-  display: grid; grid-template-columns: 9em minmax(0, 1fr) 12em; gap: .6em;
-  align-items: center; margin: .2em 0;
-}
-.role { color: hsl(var(--hue) 65% var(--tone)); font-weight: 600; }
-.track {
-  position: relative; overflow: hidden; height: .9em;
-  background: var(--box); border-radius: .3em;
-}
-.track i {
-  position: absolute; top: 0; bottom: 0; min-width: 3px;
-  border-radius: .3em; background: hsl(var(--hue) 65% 50%);
-}
-#feed > li {
-  padding: .25em 0 .25em .6em;
-  border-left: 3px solid hsl(var(--hue, 0) var(--sat, 0%) 55%);
-  overflow-wrap: anywhere; content-visibility: auto; contain-intrinsic-size: auto 1.8em;
-}
-pre {
-  margin: .3em 0; padding: .5em; background: var(--box); border-radius: .3em;
-  white-space: pre-wrap; overflow: auto; max-height: 22em;
-  font: 13px/1.4 ui-monospace, monospace;
-}
-summary { cursor: pointer; }
-dialog {
-  width: min(60em, 94vw); max-height: 90vh; color: inherit; background: var(--bg);
-  border: 1px solid var(--line); border-radius: .5em;
-}
-dialog pre { max-height: 70vh; }
 [hidden] { display: none !important; }
+body { display: grid; grid: auto auto minmax(0, 1fr) / 18em minmax(0, 1fr); height: 100dvh; }
+body, dialog { margin: 0; background: var(--back); color: var(--text); }
+header, #away { grid-column: 1 / -1; padding: .5em 1.2em; }
+header { background: var(--card); border-bottom: 1px solid var(--line); }
+nav, main { grid-row: 3; overflow: auto; padding: 1em 1.2em; }
+nav { border-right: 1px solid var(--line); }
+.card, button, select, textarea, input, dialog {
+  background: var(--card); border: 1px solid var(--line); border-radius: .6em;
+}
+.card { padding: .6em .8em; }
+.row { display: flex; flex-wrap: wrap; gap: .4em .8em; align-items: center; }
+.grow { flex: 1 1 8em; min-width: 0; }
+.stack, .md { display: grid; grid-template-columns: minmax(0, 1fr); gap: .5em; }
+h1, h2, h3, h4, p, pre, ul, ol, figure { margin: 0; overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.2em; }
+h3, h4 { font-size: 1em; }
+ul, ol { list-style: none; padding: 0; }
+.dim, small, time { color: var(--dim); font-size: .87em; }
+.bad, .ERROR { color: var(--bad); }
+a, button, select, summary { font: inherit; color: var(--accent); cursor: pointer; }
+a { display: block; text-decoration: none; }
+button, select { padding: .2em .8em; min-height: 28px; text-align: left; overflow-wrap: anywhere; }
+.link { border: 0; background: none; padding: 0; min-height: 24px; }
+.primary { background: var(--accent); color: var(--back); font-weight: 600; justify-self: start; }
+:disabled { opacity: .5; cursor: default; }
+textarea, input { font: inherit; color: inherit; border-color: var(--dim); padding: .4em .6em; }
+textarea, input:not([type=checkbox]) { width: 100%; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+#away { background: var(--bad); color: var(--back); }
+#tasks a { padding: .4em .6em; border-radius: .6em; }
+#tasks [aria-current] { background: var(--card); }
+#tasks .title, #team .name {
+  display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
+h1 a, #tasks .title { color: var(--text); }
+.mark::before { content: "○ "; }
+.RUNNING::before { content: "● "; color: var(--accent); }
+.SUCCEEDED::before, .TASK_COMPLETE::before { content: "✓ "; color: var(--good); }
+.FAILED::before, .TASK_ERROR::before { content: "✕ "; color: var(--bad); }
+.CANCELLED::before, .TASK_CANCELLED::before { content: "■ "; }
+#home, #login { max-width: 44em; margin: 6vh auto 0; }
+#login:not([hidden]) ~ * { display: none; }
+#home h2 { font-size: 1.6em; line-height: 1.3; }
+#prompt { min-height: 7em; }
+#top { background: var(--back); padding-bottom: .8em; }
+#more div { position: absolute; right: 1.2em; z-index: 2; }
+progress { width: 100%; height: 4px; accent-color: var(--accent); }
+#team { display: flex; flex-wrap: wrap; gap: .5em; }
+#team::before { content: ""; flex-basis: 100%; }
+#team > li { flex: 1 1 11em; }
+#team .busy { flex-basis: 20em; order: -1; border-color: var(--role); }
+.role { --role: light-dark(oklch(47% .13 var(--hue)), oklch(80% .11 var(--hue))); }
+.name { color: var(--role); }
+.avatar {
+  display: grid; place-items: center; width: 2.4em; height: 2.4em; border-radius: 50%;
+  background: var(--role, var(--dim)); color: var(--card); font-size: .87em; font-weight: 600;
+}
+.tail { display: flex; flex-direction: column-reverse; width: 100%; overflow: hidden; }
+.busy .tail { height: 6em; }
+.tail, .said, .md p { white-space: pre-wrap; }
+.track { position: relative; width: 100%; height: 4px; background: var(--line); }
+.track i { position: absolute; height: 100%; min-width: 3px; background: var(--role); }
+#columns { display: grid; grid-template-columns: minmax(0, 1fr) 17em; gap: 1.5em; }
+#feed > li { display: grid; grid-template-columns: 2.2em minmax(0, 1fr); gap: 0 .8em; }
+#feed > li { padding: .6em 0; border-top: 1px solid var(--line); }
+#feed > .LOG { padding: 0; border: 0; content-visibility: auto; contain-intrinsic-size: 1.5em; }
+.turn > div { display: flex; flex-wrap: wrap; gap: .3em 1.2em; }
+.turn p:first-child, .turn .LOG, .turn .ERROR, .doc { width: 100%; }
+.doc > :first-child {
+  max-height: 17em; overflow: hidden; mask-image: linear-gradient(#000 13em, transparent 17em);
+}
+.doc > button { float: right; }
+.md { gap: .3em; }
+.md h4 { margin-top: .4em; }
+.md li { margin-left: 1.4em; list-style: disc; }
+.md ol li { list-style: decimal; }
+pre, code { font: 13px/1.5 ui-monospace, monospace; }
+th, td { border: 1px solid var(--line); padding: .2em .6em; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; }
+.scroll { overflow: auto; }
+.code { display: flex; gap: 1em; }
+.code :first-child { color: var(--dim); text-align: right; user-select: none; }
+#latest { position: sticky; bottom: 0; left: 100%; }
+dialog { width: min(60em, 94vw); margin: auto; }
+@media (min-width: 48em) and (min-height: 40em) {
+  #top { position: sticky; top: -1em; z-index: 1; max-height: 65vh; overflow: auto; }
+  #top { padding-top: 1em; margin-top: -1em; }
+}
+@media (max-width: 64em) {
+  #columns { grid-template-columns: minmax(0, 1fr); }
+  aside { order: -1; }
+}
 @media (max-width: 48em) {
-  #app { grid-template-columns: minmax(0, 1fr); }
-  nav { border-right: 0; border-bottom: 1px solid var(--line); }
-  #tasks { max-height: 11em; overflow: auto; }
-  .lane { grid-template-columns: 1fr auto; }
-  .track { grid-column: 1 / -1; grid-row: 2; }
-  #head { position: static; }
+  body { grid-template-columns: minmax(0, 1fr); }
+  nav { grid-row: 4; max-height: 35dvh; border: 0; }
+  .watching nav { display: none; }
 }
 </style></head><body>
-<header>
-<h1>streamer</h1><span id="mode"></span><span id="link" role="status"></span>
-</header>
-<div id="app"><nav aria-label="Tasks">
-<form id="form"><label for="prompt">What shall the team build?</label>
+<header class="row"><h1><a class="row" href="#"><img id="mark" alt="" width="24" height="24">
+streamer</a></h1><span id="mode" class="grow dim"></span>
+<span id="link" class="dim" role="status"></span></header>
+<p id="away" class="row" role="alert" hidden><span id="why"></span>
+<button id="retry">Try now</button></p>
+<nav aria-label="Tasks"><a href="#">+ New task</a><ul id="tasks"></ul>
+<div class="row"><button id="newer" hidden>Newer</button>
+<button id="older" hidden>Older</button></div></nav>
+<main><form id="login" class="card stack" hidden><label>This server asks for its token
+<input type="password" id="token" autocomplete="off" required></label>
+<button class="primary">Open</button></form>
+<section id="home" class="stack">
+<h2>Describe what you need. A team of AI agents builds it, and you watch them work.</h2>
+<form id="form" class="stack"><label for="prompt">What shall the team build?</label>
 <textarea id="prompt" required dir="auto"></textarea>
-<details><summary>Options</summary>
-<label>Rounds (n_round)
-<input type="number" name="n_round" min="1" max="50" value="5"></label>
-<label>Budget in US dollars (investment)
-<input type="number" name="investment" min="0.01" step="any" value="3"></label>
-<label id="teams" hidden>Team<select name="team">
-<option value="">the software company</option></select></label>
-<label>Ask me after these actions (approve)
-<input type="text" name="approve" placeholder="WritePRD, WriteDesign"></label>
-<label>Project name
-<input type="text" name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
-<label>Seconds it may take (timeout)
-<input type="number" name="timeout" min="1" step="any"></label>
-<label><input type="checkbox" name="implement" checked> write the code (implement)</label>
-<label><input type="checkbox" name="code_review" checked> review it (code_review)</label>
-<label><input type="checkbox" name="run_tests">
-test it: runs what the model wrote (run_tests)</label></details>
-<button>Start</button><p id="problem" class="bad" role="alert"></p></form>
-<h2>Tasks</h2><ul id="tasks"></ul><button id="more" hidden>Older tasks</button></nav>
-<main><p id="hint" class="dim">Choose a task, or start one.</p><div id="task" hidden>
-<div id="head"><h2 id="title" dir="auto"></h2>
-<div class="row"><strong id="status" role="status"></strong><span id="cost"></span>
-<button id="run">Run</button>
-<button id="cancel">Cancel</button>
-<button id="delete">Delete</button></div>
+<div id="examples" class="row"><button type="button">A to-do list for the terminal</button>
+<button type="button">A snake game for the browser</button>
+<button type="button">A web page that converts units</button></div>
+<details><summary>Options</summary><div class="stack">
+<label id="teams" hidden>Who works on it <select name="team"></select></label>
+<label>Rounds at most <input name="n_round" type="number" min="1" max="50" value="5"></label>
+<label>US dollars at most
+<input name="investment" type="number" min="0.01" step="any" value="3"></label>
+<label>Seconds at most <input name="timeout" type="number" min="1" step="any"></label>
+<label>Name of the project
+<input name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
+<label>Wait for my word after (WritePRD, WriteDesign, …) <input name="approve"></label>
+<label><input name="implement" type="checkbox" checked> Write the code</label>
+<label><input name="code_review" type="checkbox" checked> Review the code</label>
+<label><input name="run_tests" type="checkbox"> Test it: runs what the model wrote</label>
+</div></details>
+<div class="row"><button id="start" class="primary" title="Ctrl+Enter">Start</button>
+<span id="problem" class="bad" role="alert"></span></div></form></section>
+<article id="task" hidden><div id="top" class="stack">
+<div class="row"><h2 id="title" class="grow" dir="auto"></h2>
+<button id="run" class="primary"></button><button id="cancel">Stop</button>
+<details id="more"><summary>Delete …</summary>
+<div class="card">Its log and its files go too. <button id="delete">Delete it</button></div>
+</details></div>
+<p><span id="status" role="status"></span> <span id="facts" class="dim"></span></p>
 <progress id="progress" max="1" aria-label="Progress"></progress>
-<div id="now" class="dim" dir="auto"></div>
-<div id="failure" class="bad" role="alert"></div>
-<form id="question" hidden><pre id="asked" dir="auto" tabindex="0" role="status"></pre>
-<div id="choices" class="row"></div><div id="free"><label for="answer">Your answer</label>
-<textarea id="answer" dir="auto"></textarea><button>Answer</button></div>
-<p id="refused" class="bad" role="alert"></p></form></div>
-<details><summary>Prompt</summary><pre id="text" dir="auto"></pre></details>
-<h2>Agents</h2><div id="lanes"></div>
-<h2>Files</h2><ul id="files"></ul><button id="zip" hidden>Download all as .zip</button>
-<h2>Timeline</h2><ol id="feed"></ol></div></main></div>
-<dialog id="file" aria-labelledby="path">
-<form method="dialog" class="row"><strong id="path"></strong><button>Close</button></form>
-<pre id="content" dir="auto" tabindex="0"></pre></dialog>
+<form id="question" class="card stack" aria-live="polite" hidden></form>
+<div id="failure" class="card stack" role="alert" hidden></div>
+<ul id="team" aria-label="Team"></ul></div>
+<div id="columns"><section aria-label="Story"><div class="row"><h3 class="grow">Story</h3>
+<select id="who" aria-label="Whose"></select><select id="kind" aria-label="What">
+<option value="">everything</option><option value="TOKEN">texts</option>
+<option value="MESSAGE">messages</option><option value="ARTIFACT">files</option>
+<option value="ERROR">errors</option></select>
+<label><input type="checkbox" id="log"> with the log</label></div><ol id="feed"></ol></section>
+<aside aria-label="Files"><details id="made"><summary>Files</summary><ul id="files"></ul>
+<button id="zip">Download all</button></details></aside></div>
+<button id="latest" hidden>Jump to the latest ↓</button></article></main>
+<dialog id="viewer" aria-labelledby="name"><div class="row"><h3 id="name" class="grow"></h3>
+<button id="copy">Copy</button><button id="save">Download</button>
+<button id="close">Close</button></div><div id="content"></div></dialog>
 <script nonce="NONCE">
 "use strict";
+const ACTIONS = {
+  PrepareDocuments: "prepares the folder",
+  WritePRD: "writes the requirements",
+  WriteDesign: "designs the system",
+  WriteTasks: "plans the work",
+  WriteCode: "writes code",
+  WriteCodeReview: "reviews code",
+};
+const ADVICE = "What was made until then is kept. Mend what the reason names, and run it again.";
+const BATCH = 400;  // messages that are shown before the browser gets a turn
 const $ = id => document.getElementById(id);
-const token = new URLSearchParams(location.search).get("token");
+const main = document.querySelector("main");
 const base = new URL(".", location.href);
-const ENDED = ["SUCCEEDED", "FAILED", "CANCELLED"];
-if (token) {  // it is kept in memory only
-  history.replaceState(null, "", location.pathname + location.hash);
-}
-const roles = [];
-let view = null;
-let size = 20;
-let listed = "";
-let skew = 0;
+const roles = [];  // each has a colour by its index
+const filters = new CSSStyleSheet();
+let token = new URLSearchParams(location.search).get("token") || sessionStorage.getItem("token");
+let view = null;  // the task that is shown
+let page = 1;  // of the list
+let skew = 0;  // of this clock to the server's, in ms
+let offline = 0;  // seconds until a server that is away is tried again
+let seconds = 0;  // since the page was opened
+let follow = false;  // the latest stays in sight
 
-function el(tag, set = {}, ...inside) {
-  const e = Object.assign(document.createElement(tag), set);
-  e.append(...inside);
-  return e;
+// What turns the direction of text could hide what a file or an address says.
+function visible(text) {
+  const shown = char => `[U+${char.codePointAt().toString(16).toUpperCase()}]`;
+  return String(text).replace(/[\u202a-\u202e\u2066-\u2069]/g, shown);
 }
+// el("p.dim", {title}, "text", child): text goes in as text, never as HTML.
+function el(name, ...inside) {
+  const [tag, ...classes] = name.split(".");
+  const made = document.createElement(tag);
+  const properties = {className: classes.join(" ")};
+  for (const each of inside.flat(Infinity)) {
+    if (each instanceof Node) made.append(each);
+    else if (typeof each === "object") Object.assign(properties, each);
+    else made.append(visible(each));
+  }
+  return Object.assign(made, properties);  // last: with dir="auto" each child costs
+}
+function put(element, text) {  // what has not changed is not read out again
+  if (element.textContent !== visible(text)) element.textContent = visible(text);
+}
+const spaced = name => name.replace(/([a-z])([A-Z])/g, "$1 $2").replaceAll("_", " ");
+const words = action => ACTIONS[action] || spaced(action || "works").toLowerCase();
+const joined = (...facts) => facts.flat().filter(Boolean).join(" · ");
+const isLive = status => status === "PENDING" || status === "RUNNING";
+const isBusy = ({bars}) => bars.length > 0 && !bars.at(-1).to;
+const isWide = () => matchMedia("(min-width: 48em)").matches;
+function clock(ms) {
+  const seconds = Math.max(0, Math.floor(ms / 1000));
+  return `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+}
+function age(at) {
+  const minutes = Math.max(0, Math.floor((Date.now() - skew - Date.parse(at)) / 60000));
+  if (minutes < 60) return minutes ? `${minutes} min ago` : "just now";
+  if (minutes < 2880) return `${Math.floor(minutes / 60)} h ago`;
+  return `${Math.floor(minutes / 1440)} days ago`;
+}
+function money({total_cost: dollars, prompt_tokens, completion_tokens}) {
+  const tokens = prompt_tokens + completion_tokens;
+  const price = dollars === null ? "price unknown" : dollars && `$${dollars.toFixed(4)}`;
+  return [price, tokens && `${tokens.toLocaleString()} tokens`];
+}
+
+// Documents: Markdown, JSON and code as elements
+const DIAGRAM = /^\s*(graph|flowchart|sequenceDiagram|classDiagram|erDiagram|quadrantChart)\b/;
+const BLOCKS = [
+  [/^\s*$/, () => []],
+  [/^#{1,6}\s/, lines => lines.map(line => el("h4", inline(line.replace(/^#+\s+/, ""))))],
+  [/^\s*\|/, table],
+  [/^\s*\d+[.)]\s/, lines => el("ol", lines.map(entry))],
+  [/^\s*[-*+]\s/, lines => el("ul", lines.map(entry))],
+  [/^/, lines => el("p", {dir: "auto"}, inline(lines.join("\n")))],
+];
+function inline(text) {
+  return text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).map((part, index) => {
+    if (index % 2 === 0) return part;
+    return part[0] === "`" ? el("code", part.slice(1, -1)) : el("strong", part.slice(2, -2));
+  });
+}
+function entry(line) {
+  const [, indent, text] = /^(\s*)\S+\s(.*)/.exec(line);
+  const item = el("li", {dir: "auto"}, inline(text));
+  item.style.marginLeft = 1.4 + indent.length / 2 + "em";
+  return item;
+}
+function table(lines) {
+  const isRow = (line, index) => index !== 1 || /[^\s|:-]/.test(line);
+  const rows = lines.filter(isRow).map((line, index) => {
+    const cells = line.trim().replace(/^\||\|$/g, "").split("|");
+    return el("tr", cells.map(cell => el(index ? "td" : "th", inline(cell.trim()))));
+  });
+  return el("div.scroll", {tabIndex: 0}, el("table", rows));
+}
+function blocks(text) {
+  const groups = [];
+  for (const line of text.split("\n")) {
+    const kind = BLOCKS.find(([pattern]) => pattern.test(line));
+    if (groups.at(-1)?.kind === kind) groups.at(-1).lines.push(line);
+    else groups.push({kind, lines: [line]});
+  }
+  return groups.map(({kind, lines}) => kind[1](lines));
+}
+function markdown(text) {  // prose, language, code, nothing, prose, language, …
+  const parts = text.split(/^[ \t]*```([^`\n]*)$/m);
+  return parts.map((part, index) => {
+    if (index % 4 === 2) return code(part.replace(/^\n|\n$/g, ""), parts[index - 1]);
+    return index % 4 === 0 ? blocks(part) : [];
+  });
+}
+function code(text, language) {
+  const numbers = text.split("\n").map((line, index) => index + 1).join("\n");
+  const label = language === "mermaid" || DIAGRAM.test(text) ? "Diagram (Mermaid)" : language;
+  const copy = el("button", {onclick: () => copyTo(copy, text)}, "Copy");
+  const columns = [el("pre", {ariaHidden: true}, numbers), el("pre", text)];
+  return el("figure.card", el("figcaption.row", el("span.dim.grow", label), copy),
+    el("div.code.scroll", {tabIndex: 0}, columns));
+}
+async function copyTo(button, text) {
+  await navigator.clipboard.writeText(text);
+  put(button, "Copied");
+}
+function prose(value) {
+  if (typeof value === "string" && DIAGRAM.test(value)) return code(value, "mermaid");
+  if (value === null || typeof value !== "object") return markdown(String(value));
+  if (Array.isArray(value)) return el("ul", value.map(each => el("li", prose(each))));
+  const filled = Object.entries(value).filter(([, inner]) => inner !== "" && inner?.length !== 0);
+  return filled.map(([key, inner]) => [el("h4", spaced(key)), prose(inner)]);
+}
+// What a model or a file says; without a type it is JSON or Markdown.
+function rendered(text, type = "md") {
+  const body = text.replace(/^\s*(\[CONTENT\]|```json)|(\[\/CONTENT\]|```)\s*$/g, "");
+  if (text.length > 300000) return el("pre.said", text);
+  try {
+    if (/^\s*[{[]/.test(body)) return el("div.md", prose(JSON.parse(body)));
+  } catch {
+    // it only looks like JSON
+  }
+  return el("div.md", /^(md|txt)$/i.test(type) ? markdown(text) : code(text, type));
+}
+function present(name, text, blob = new Blob([text])) {
+  const file = name.split("/").at(-1);
+  put($("name"), name);
+  put($("copy"), "Copy");
+  $("content").replaceChildren(rendered(text, /\.(\w+)$/.exec(file)?.[1]));
+  $("copy").onclick = () => copyTo($("copy"), text);
+  $("save").onclick = () => save(blob, file);
+  $("viewer").showModal();
+}
+function save(blob, name) {
+  const url = URL.createObjectURL(blob);
+  el("a", {href: url, download: name}).click();
+  setTimeout(URL.revokeObjectURL, 60000, url);
+}
+const opener = (label, onclick) => el("button.link", {onclick}, label);
+
+// The server
+const path = (id, rest = "") => `api/tasks/${encodeURIComponent(id)}${rest}`;
+const json = async (where, set) => (await api(where, set)).json();
+const post = (where, body) => api(where, {method: "POST", body: body && JSON.stringify(body)});
 async function api(where, set = {}) {
-  const headers = {};
-  if (token) headers.Authorization = "Bearer " + token;
+  const headers = token ? {Authorization: "Bearer " + token} : {};
   if (set.body) headers["Content-Type"] = "application/json";
-  const away = () => { throw new Error("the server cannot be reached"); };
-  const answer = await fetch(new URL(where, base), {...set, headers}).catch(away);
+  const answer = await fetch(new URL(where, base), {...set, headers}).catch(() => setOffline(5));
+  if (!answer) throw new Error("the server cannot be reached");
   skew = Date.now() - (Date.parse(answer.headers.get("Date")) || Date.now());
   if (answer.ok) return answer;
-  const error = (await answer.json().catch(() => ({}))).error;
+  const {error} = await answer.json().catch(() => ({}));
+  if (answer.status === 401) {
+    $("login").hidden = false;
+    $("token").focus();
+  }
   const message = error?.message || "HTTP " + answer.status;
   throw Object.assign(new Error(message), {status: answer.status});
 }
-async function json(where, set) {
-  return (await api(where, set)).json();
+function setOffline(left) {
+  offline = left;
+  $("away").hidden = !left;
+  put($("why"), `The server cannot be reached. Trying again in ${left} s.`);
+  for (const button of document.querySelectorAll("#top button, #start")) button.disabled = !!left;
 }
-function tint(e, role) {  // one colour an agent
-  if (!role) return e;
-  if (!roles.includes(role)) roles.push(role);
-  e.style.setProperty("--hue", (210 + 137.5 * roles.indexOf(role)) % 360);
-  e.style.setProperty("--sat", "65%");
-  return e;
-}
-function seconds(ms) {
-  const minutes = ms < 60000 ? "" : Math.floor(ms / 60000) + " min ";
-  return minutes + Math.floor(ms / 1000) % 60 + " s";
-}
-function bytes(n) {
-  if (n < 1024) return n + " B";
-  if (n < 1048576) return (n / 1024).toFixed(1) + " KB";
-  return (n / 1048576).toFixed(1) + " MB";
+async function retry() {
+  setOffline(5);
+  await list();
+  if (view && !view.over) load(view);
 }
 
-async function list() {
+// The list of tasks
+async function list(step = 0) {
+  page += step;
   try {
-    const found = await json("api/tasks?page_size=" + size);
-    const text = JSON.stringify([found, view?.id]);
-    if (!view || view.over) $("link").textContent = "";
-    if (text === listed) return;
-    listed = text;
-    const focused = document.activeElement?.getAttribute?.("href");
-    $("tasks").replaceChildren(...found.items.map(item));
-    if (focused) {
-      const links = [...$("tasks").querySelectorAll("a")];
-      links.find(a => a.getAttribute("href") === focused)?.focus();
+    const found = await json(`api/tasks?page_size=50&page=${page}`);
+    const focused = document.activeElement.hash;
+    if (!view || view.over) {
+      setOffline(0);
+      put($("link"), "");
     }
-    $("more").hidden = found.total <= size || size >= 100;
+    $("newer").hidden = page === 1;
+    $("older").hidden = page >= found.total_pages;
+    $("tasks").replaceChildren(...found.items.map(item));
+    if (focused) $("tasks").querySelector(`[href="${focused}"]`)?.focus();
   } catch (error) {
-    $("link").textContent = error.message;
+    put($("link"), error.message);
   }
 }
-function item(task) {
-  const status = task.status + (task.mode === "test" ? " (test)" : "");
-  const set = {href: "#" + task.id, dir: "auto", title: task.title};
-  const a = el("a", set, task.title, el("small", {className: task.status}, status));
-  if (task.id === view?.id) a.setAttribute("aria-current", "page");
-  return el("li", {}, a);
+function item({id, title, input_prompt, status, created_at, updated_at, result_summary}) {
+  const name = title || input_prompt.slice(0, 80);
+  const lasted = !isLive(status) && clock(Date.parse(updated_at) - Date.parse(created_at));
+  const price = /\$[\d.]*[1-9]\d*/.exec(result_summary);
+  const current = id === view?.id ? "page" : null;
+  return el("li", el("a", {href: "#" + id, title: name, ariaCurrent: current},
+    el("span.title", {dir: "auto"}, name),
+    el("small.mark." + status, joined(status.toLowerCase(), age(created_at), lasted, price))));
 }
 
-const FIELDS = [
-  "title", "text", "lanes", "files", "feed", "failure", "now", "cost", "status", "link",
-];
+// The stream of a task
 function open(id) {
   view?.socket?.close();
-  $("hint").hidden = !!id;
+  view = id ? {id, last: 0, queue: [], state: {}, members: new Map()} : null;
+  follow = false;
+  for (const name of ["title", "status", "facts", "team", "feed", "files", "who", "link"]) {
+    $(name).replaceChildren();
+  }
+  for (const name of ["run", "cancel", "more", "question", "failure"]) $(name).hidden = true;
+  $("who").append(el("option", {value: ""}, "everybody"));
+  $("home").hidden = !!id;
   $("task").hidden = !id;
-  const fresh = {
-    id, last: 0, tries: 0, queue: [], calls: new Map(), lanes: new Map(), state: {},
-    began: 0, ended: 0, latest: 0,
-  };
-  view = id ? fresh : null;
-  for (const name of FIELDS) $(name).replaceChildren();
-  for (const name of ["zip", "run", "cancel", "delete"]) $(name).hidden = true;
-  ask();
+  $("made").open = isWide();
+  document.body.classList.toggle("watching", !!id);
+  document.title = "streamer";
+  main.scrollTop = 0;
+  filter();
   list();
-  if (id) load(fresh);
+  if (id) load(view);
+  else $("prompt").focus();
 }
 async function load(mine) {
   try {
-    const task = await json(path(mine.id));
+    mine.task = await json(path(mine.id));
     if (mine !== view) return;
-    $("title").textContent = task.title;
-    $("text").textContent = task.input_prompt;
-    document.title = task.title + " - streamer";
+    put($("title"), mine.task.title || mine.task.input_prompt.slice(0, 80));
+    document.title = $("title").textContent + " - streamer";
+    expect(mine);
     connect(mine);
-    files();
+    files(mine);
   } catch (error) {
-    if (mine !== view) return;
-    if ([400, 401, 404].includes(error.status)) return gone(error.message);
-    $("failure").textContent = error.message + ", trying again";
-    setTimeout(load, 2000, mine);
+    if (mine === view && error.status) gone(error.message);
   }
 }
-function path(id, rest = "") {
-  return `api/tasks/${encodeURIComponent(id)}${rest}`;
-}
-function gone(message) {
-  if (view) view.over = true;
-  $("failure").textContent = message;
-  for (const name of ["run", "cancel", "delete"]) $(name).hidden = true;
-  list();
-}
-
 function connect(mine) {
-  if (mine !== view) return;
-  clearTimeout(mine.timer);
-  mine.socket?.close();
   const where = `ws/tasks/${encodeURIComponent(mine.id)}?start=false&after=${mine.last}`;
   const url = new URL(where, base);
   url.protocol = url.protocol.replace("http", "ws");
   if (token) url.searchParams.set("token", token);
+  mine.socket?.close();
   const socket = new WebSocket(url);
-  mine.socket = socket;
-  socket.onmessage = ({data}) => {
-    if (mine.queue.push(JSON.parse(data)) === 1) setTimeout(flush, 30, mine);
+  const receive = message => {
+    if (socket !== mine.socket) return;
+    mine.heard = seconds;
+    if (mine.queue.push(message) === 1) setTimeout(flush, 30, mine);
   };
-  socket.onclose = ({code}) => {
-    flush(mine);
-    if (mine !== view || socket !== mine.socket) return;
-    if (code === 1000) {
-      $("link").textContent = "ended";
-      files();
-      list();
-    } else if ([1008, 4404].includes(code)) {
-      gone(mine.error || "refused");
-    } else {
-      mine.lost = true;
-      $("link").textContent = `connection lost, reconnecting after event ${mine.last} …`;
-      mine.timer = setTimeout(connect, Math.min(5000, 250 * 2 ** mine.tries++), mine);
-    }
-  };
+  Object.assign(mine, {socket, heard: seconds, over: false});
+  socket.onmessage = ({data}) => receive(data);
+  socket.onclose = ({code}) => receive(JSON.stringify({type: "closed", data: {code}}));
 }
 function flush(mine) {
-  const messages = mine.queue;
-  mine.queue = [];
-  if (mine !== view || !messages.length) return;
-  const page = document.documentElement;
-  const below = page.scrollHeight - page.scrollTop - innerHeight;
-  const follow = below < 120 && page.scrollTop > 0;
-  const added = document.createDocumentFragment();
-  for (const {type, data} of messages) {
-    if (type === "event" && data.event_id > mine.last) {
-      mine.last = data.event_id;
-      add(mine, data, added);
-    } else if (type === "connected") {
-      greet(mine, data, added);
-    } else if (type === "state") {
-      mine.state = data;
-    } else if (type === "error") {
-      mine.error = data.message;
-      added.append(el("li", {className: "bad"}, data.message));
+  if (mine !== view) return;
+  mine.added = document.createDocumentFragment();
+  for (const message of mine.queue.splice(0, BATCH)) {
+    const {type, data} = JSON.parse(message);
+    RECEIVE[type]?.(mine, data);
+  }
+  $("feed").append(mine.added);
+  draw(mine);
+  if (follow) main.scrollTop = main.scrollHeight;
+  if (mine.queue.length) setTimeout(flush, 0, mine);
+}
+const RECEIVE = {
+  connected(mine, {first_event_id: first, recovered}) {
+    if (!recovered) {
+      mine.last = 0;
+      mine.members.clear();
+      for (const each of [mine.added, $("feed"), $("team")]) each.replaceChildren();
+      expect(mine);
     }
-  }
-  $("feed").append(added);
-  state(mine);
-  lanes(mine);
-  if (files.due) files();
-  if (follow) scrollTo(0, page.scrollHeight);
+    if (mine.last) note(mine, `connected again, after event ${mine.last}`);
+    else if (first > 1 || !recovered) note(mine, `events before ${first} are not kept any more`);
+    setOffline(0);
+    put($("link"), "live");
+  },
+  state(mine, state) {
+    if (state.status === "RUNNING" && mine.state.status !== "RUNNING") follow = isWide();
+    mine.state = state;
+  },
+  event(mine, event) {
+    if (event.event_id <= mine.last) return;
+    mine.last = event.event_id;
+    try {
+      tell(mine, event);
+    } catch {  // a runner of somebody's own may say anything
+      note(mine, event.payload.message);
+    }
+  },
+  error(mine, {message}) { mine.refusal = message; },
+  closed(mine, {code}) {
+    put($("link"), "");
+    mine.over = code === 1000;
+    if (code === 1008 || code === 4404) gone(mine.refusal);
+    else if (!mine.over) setOffline(5);
+    files(mine);
+    list();
+  },
+};
+function gone(message) {
+  view.over = true;
+  for (const name of ["run", "cancel", "more"]) $(name).hidden = true;
+  fail("This task cannot be shown", message);
 }
-function greet(mine, data, added) {
-  const note = text => added.append(el("li", {className: "note"}, text));
-  const first = data.first_event_id;
-  if (!data.recovered || (mine.last === 0 && first > 1)) {
-    note(`events before ${first} are not kept any more`);
-  }
-  if (mine.lost) note(`reconnected, resumed after event ${mine.last}`);
-  if (!data.recovered) {
-    mine.last = 0;
-    mine.calls.clear();
-    mine.lanes.clear();
-    $("feed").replaceChildren();
-    added.replaceChildren(...added.querySelectorAll(".note"));
-  }
-  mine.lost = false;
-  mine.tries = 0;
-  $("link").textContent = "live";
-}
-
-function add(mine, event, added) {
-  const {event_type: type, agent_role: role, payload, timestamp} = event;
-  const at = Date.parse(timestamp);
-  mine.latest = at;
-  if (type === "TASK_START") {
-    mine.began = at;
-    mine.ended = 0;
-    mine.lanes.clear();
-  } else if (type.startsWith("TASK_")) {
-    mine.ended = at;
-    for (const bars of mine.lanes.values()) stop(bars, at);
-  }
-  if (role && type.startsWith("AGENT_")) {
-    const bars = mine.lanes.get(role) || [];
-    mine.lanes.set(role, bars);
-    stop(bars, at);
-    if (type === "AGENT_START") bars.push({from: at, action: payload.action || ""});
-  }
-  if (type === "ARTIFACT") files.due = true;
-  const streams = type === "TOKEN" || type === "REASONING";
-  const call = type + (payload.call_id ?? role);
-  if (streams && mine.calls.has(call)) {
-    mine.calls.get(call).appendData(payload.message);
-    return;
-  }
-  if (!streams) mine.calls.delete("TOKEN" + role);
-  const head = [el("time", {dateTime: timestamp}, new Date(at).toLocaleTimeString()), " "];
-  if (role) head.push(tint(el("span", {className: "role"}, role), role), " ");
-  const line = el("li", {className: type});
-  if (streams) {
-    const growing = new Text(payload.message);
-    mine.calls.set(call, growing);
-    const doing = type === "REASONING" ? "thinks" : payload.action || "says";
-    const action = el("span", {className: "dim"}, doing);
-    line.append(fold(type === "TOKEN", [...head, action], growing));
-  } else if (type === "MESSAGE" && payload.content) {
-    line.append(fold(false, [...head, wording(payload, role)], payload.content));
-  } else if (type === "ARTIFACT" && payload.change !== "deleted"
-             && typeof payload.path === "string") {
-    const onclick = () => show(payload.path);
-    line.append(...head, el("button", {className: "plain", onclick}, payload.message));
-  } else {
-    line.append(...head, wording(payload, role));
-  }
-  added.append(tint(line, role));
-}
-function stop(bars, at) {
-  if (bars.length && !bars.at(-1).to) bars.at(-1).to = at;
-}
-function wording({message}, role) {  // the role stands before it already
-  const named = role && message.startsWith(role + " ");
-  return el("span", {dir: "auto"}, named ? message.slice(role.length + 1) : message);
-}
-function fold(open, head, content) {
-  const inside = el("pre", {dir: "auto", tabIndex: 0}, content);
-  return el("details", {open}, el("summary", {}, ...head), inside);
+function fail(title, reason, advice = "") {
+  $("failure").hidden = false;
+  $("failure").replaceChildren(el("strong.bad", title), el("p", reason), el("p.dim", advice));
 }
 
-function state(mine) {
-  const {status, progress, cost, last_message, error_message, waiting_on: waits} = mine.state;
-  if (!status) return;
-  $("status").textContent = status + " " + Math.floor(100 * progress) + "%";
-  $("status").className = status;
-  $("progress").value = progress;
-  const tokens = (cost.prompt_tokens + cost.completion_tokens).toLocaleString();
-  let price = "price unknown";
-  if (cost.total_cost !== null) {
-    price = `$${cost.total_cost.toFixed(4)} of $${cost.max_budget.toFixed(2)}`;
-  }
-  $("cost").textContent = `${price}, ${tokens} tokens`;
-  $("failure").textContent = error_message || "";
-  $("now").textContent = last_message || "";
-  if (waits) {
-    const doing = `${waits.action || "…"}, ${waits.seconds.toFixed(0)} s`;
-    $("now").textContent = `${waits.agent_role} waits for its model (${doing})`;
-  }
-  ask(mine.state.question);
-  $("run").hidden = status === "RUNNING" || status === "SUCCEEDED";
-  $("run").textContent = status === "PENDING" ? "Run" : "Run again";
-  $("cancel").hidden = ENDED.includes(status);
-  $("delete").hidden = false;
+// The team
+function expect(mine) {  // the company's members, before they begin
+  const {mode, options} = mine.task;
+  const team = ["ProductManager", "Architect", "ProjectManager"];
+  if (options.implement) team.push("Engineer");
+  if (options.run_tests) team.push("QaEngineer");
+  if (mode !== "custom" && !options.team) team.forEach(role => member(mine, role));
 }
-function ask(question) {
-  const id = question?.question_id || "";
-  $("question").hidden = !question;
-  if ($("question").dataset.id === id) return;
-  $("question").dataset.id = id;
-  $("refused").textContent = $("answer").value = "";
-  if (!question) return;
-  $("asked").textContent = `${question.agent_role || "The team"} asks: ${question.message}`;
-  const button = value => el("button", {value}, value);
-  $("choices").replaceChildren(...(question.choices || []).map(button));
-  $("free").hidden = !question.free_text;
+function member(mine, role) {
+  if (mine.members.has(role)) return mine.members.get(role);
+  const who = {role, bars: [], calls: new Map(), end: ""};
+  for (const name of ["doing", "tail", "track"]) who[name] = el("div." + name);
+  const name = el("div.grow", el("strong.name", spaced(role)), who.doing);
+  who.box = tint(role, el("li.card.row", avatar(role), name, who.tail, who.track));
+  mine.members.set(role, who);
+  $("team").append(who.box);
+  $("who").append(el("option", {value: roles.indexOf(role)}, spaced(role)));
+  return who;
 }
-function lanes(mine) {
-  const now = mine.ended || Math.max(Date.now() - skew, mine.latest);
-  $("lanes").replaceChildren(...[...mine.lanes].map(([role, bars]) => {
-    return lane(role, bars, mine.began, now);
+function avatar(role) {
+  const initials = spaced(role).split(" ").map(word => word[0]).join("");
+  return el("span.avatar", {ariaHidden: true}, initials.slice(0, 2));
+}
+function tint(role, element) {
+  if (!roles.includes(role)) roles.push(role);
+  const index = roles.indexOf(role);
+  element.classList.add("role", "r" + index);
+  element.style.setProperty("--hue", (264 + 137.5 * index) % 360);
+  return element;
+}
+function begin(mine, who, at, action) {
+  stop(who, at);
+  who.bars.push({from: at, action});
+  turn(mine, who, at, words(action));
+}
+function stop(who, at, end = "done") {
+  finish(who);
+  if (!isBusy(who)) return;
+  who.bars.at(-1).to = at;
+  who.end = end;
+}
+function drawMember(who, {waiting_on: waits, cost}, began, now) {
+  const busy = isBusy(who);
+  const spent = cost.by_role?.[who.role];
+  const worked = who.bars.reduce((sum, {from, to}) => sum + (to || now) - from, 0);
+  let doing = who.end || "waits";
+  if (busy) doing = words((who.call || who.bars.at(-1)).action);
+  if (busy && waits?.agent_role === who.role) {
+    doing += `, waits for the model: ${clock(1000 * waits.seconds)}`;
+  }
+  put(who.doing, joined(doing, worked && clock(worked), spent ? money(spent) : ""));
+  put(who.tail, busy && who.call ? tail(who.call.text) : "");
+  who.box.classList.toggle("busy", busy);
+  who.track.replaceChildren(...who.bars.map(({from, to}) => {
+    const bar = el("i");
+    bar.style.left = 100 * (from - began) / (now - began + 1) + "%";
+    bar.style.width = 100 * ((to || now) - from) / (now - began + 1) + "%";
+    return bar;
   }));
 }
-function lane(role, bars, began, now) {
-  const span = Math.max(1, now - began);
-  const track = el("div", {className: "track"});
-  let total = 0;
-  for (const {from, to, action} of bars) {
-    const lasted = (to || now) - from;
-    const bar = el("i", {title: `${action}, ${seconds(lasted)}`});
-    bar.style.left = 100 * (from - began) / span + "%";
-    bar.style.width = 100 * lasted / span + "%";
-    track.append(bar);
-    total += lasted;
-  }
-  const last = bars.at(-1);
-  const busy = last && !last.to;
-  const text = el("span", {}, `done, ${seconds(total)}`);
-  if (busy) text.textContent = `${last.action} for ${seconds(now - last.from)}`;
-  else text.className = "dim";
-  const name = el("span", {className: "role"}, role);
-  return tint(el("div", {className: "lane"}, name, track, text), role);
+function tail(text) {  // the last lines; of JSON without its signs
+  const end = text.slice(-700);
+  return /^\s*[{[]/.test(text) ? end.replace(/\[CONTENT\]|["{}[\]]|\\n/g, " ") : end;
 }
 
-async function files() {
-  const id = view?.id;
-  files.due = false;
-  try {
-    const found = await json(path(id, "/artifacts"));
-    if (id !== view?.id) return;
-    $("files").replaceChildren(...found.map(file => {
-      const onclick = () => show(file.path);
-      const button = el("button", {className: "plain", onclick}, file.path);
-      return el("li", {}, button, el("small", {}, " " + bytes(file.size)));
-    }));
-    $("zip").hidden = !found.length;
-  } catch { /* the stream says what is wrong */ }
+// The story
+const note = (mine, text) => mine.added.append(el("li.note.dim", el("span"), text));
+const when = (mine, at) => (
+  el("time", {title: new Date(at).toLocaleString()}, "+" + clock(at - mine.began))
+);
+const file = (path, change = "") => (
+  opener(change + path.split("/").slice(-2).join("/"), () => show(path))
+);
+function tell(mine, event) {
+  const {event_type: type, agent_role: role, payload} = event;
+  const at = Date.parse(event.timestamp);
+  const streams = type === "TOKEN" || type === "REASONING";
+  const who = role || streams ? member(mine, role || "Team") : null;
+  mine.latest = at;
+  if (type === "AGENT_START") begin(mine, who, at, payload.action);
+  else if (type === "AGENT_COMPLETE") stop(who, at);
+  else if (streams) grow(mine, who, at, type, payload);
+  else if (type === "RESULT") mine.result = payload;
+  else if (type === "TASK_START") start(mine, at);
+  else if (type.startsWith("TASK_")) end(mine, at, type, payload);
+  else place(mine, who, at, type, payload);
+}
+function turn(mine, who, at, doing) {
+  who.body = el("div", el("p", el("strong.name", spaced(who.role)), ` ${doing} `, when(mine, at)));
+  who.call = null;
+  mine.added.append(tint(who.role, el("li.turn", avatar(who.role), who.body)));
+}
+function grow(mine, who, at, type, {call_id, action, message}) {
+  if (!isBusy(who)) begin(mine, who, at, action);
+  const key = type + call_id;
+  if (!who.calls.has(key)) who.calls.set(key, {type, action, text: ""});
+  who.call = who.calls.get(key);
+  who.call.text += message;
+}
+function finish(who) {  // what was said is whole: a document
+  for (const {type, action, text} of who.calls.values()) {
+    const open = label => opener(label, () => present(words(action), text));
+    const whole = el("div.doc.card.told.TOKEN", rendered(text), open("Open"));
+    who.body.append(type === "TOKEN" ? whole : el("p.told.REASONING", open("thoughts")));
+  }
+  who.calls.clear();
+}
+function place(mine, who, at, type, payload) {
+  const isOld = payload.sent_from === "Human" || payload.content === "";  // it is told already
+  const row = el(`p.told.${isOld ? "LOG" : type}`, wording(type, who, payload));
+  if (who && !who.body) turn(mine, who, at, "");
+  if (who && type !== "LOG") finish(who);
+  if (type === "ERROR") mine.failed = joined(who && spaced(who.role), words(payload.action));
+  if (type === "ERROR" && who) stop(who, at, "failed");
+  if (type === "ARTIFACT") mine.filesDue = true;
+  if (who) who.body.append(row);
+  else mine.added.append(el("li", {className: row.className}, when(mine, at), row));
+}
+function wording(type, who, {message, path, change, content}) {
+  const named = who && message.startsWith(who.role + " ");  // it stands above already
+  const text = (named ? message.slice(who.role.length + 1) : message).replace("<all>", "everybody");
+  if (type === "ARTIFACT" && change !== "deleted") return file(path, change + " ");
+  return content ? opener(text, () => present(text, content)) : text;
+}
+function start(mine, at) {
+  Object.assign(mine, {began: at, ended: 0, failed: "", result: null});
+  $("failure").hidden = true;
+  for (const who of mine.members.values()) Object.assign(who, {bars: [], end: "", body: null});
+  const head = el("p", el("strong", "You asked "), when(mine, at));
+  const asked = el("div", head, el("p.said", {dir: "auto"}, mine.task.input_prompt));
+  mine.added.append(el("li", el("span.avatar", {ariaHidden: true}, "?"), asked));
+}
+function end(mine, at, type, payload) {
+  const {files = [], message, cost, mode, rounds, end_reason, ...rest} = mine.result || {};
+  const good = type === "TASK_COMPLETE";
+  mine.ended = at;
+  for (const who of mine.members.values()) {
+    stop(who, at, good ? "done" : "stopped");
+    who.end ||= "did not begin";
+  }
+  const how = type === "TASK_ERROR" ? "failed" : payload.message;  // why stands on top
+  const head = el("strong.mark." + type, joined(how, clock(at - mine.began)));
+  const made = good ? [prose(rest), el("p.row", files.slice(0, 30).map(path => file(path)))] : [];
+  mine.added.append(el("li", el("span"), el("div.card.md", head, made)));
+}
+function filter() {
+  const rules = [];
+  if (!$("log").checked) rules.push("#feed .LOG { display: none }");
+  if ($("kind").value) rules.push(`#feed .told:not(.${$("kind").value}) { display: none }`);
+  if ($("who").value) rules.push(`#feed > li:not(.r${$("who").value}) { display: none }`);
+  filters.replaceSync(rules.join("\n"));
+}
+
+// What stands on top
+function draw(mine) {
+  const {status, progress, cost, last_message, error_message: error, question} = mine.state;
+  if (!status) return;
+  const now = mine.ended || Math.max(Date.now() - skew, mine.latest || 0);
+  const queued = status === "PENDING" && last_message;
+  for (const who of mine.members.values()) drawMember(who, mine.state, mine.began, now);
+  put($("status"), queued ? "queued" : status.toLowerCase());
+  put($("facts"), joined(queued, mine.began && clock(now - mine.began), money(cost)));
+  put($("run"), status === "PENDING" ? "Run" : "Run again");
+  $("status").className = "mark " + status;
+  $("progress").value = progress;
+  $("progress").hidden = !isLive(status);
+  $("run").hidden = !!queued || status === "RUNNING" || status === "SUCCEEDED";
+  $("cancel").hidden = !isLive(status);
+  $("more").hidden = false;
+  if (error && $("failure").hidden) fail(joined("It failed", mine.failed), error, ADVICE);
+  if (question?.question_id !== mine.asked) ask(mine, question);
+  if (mine.filesDue) files(mine);
+}
+function ask(mine, question) {
+  mine.asked = question?.question_id;
+  $("question").hidden = !question;
+  if (!question) return;
+  const {agent_role, message, choices, free_text} = question;
+  const button = choice => el("button", {value: choice, formNoValidate: true}, choice);
+  const field = el("textarea", {id: "answer", required: true, ariaLabel: "Your answer"});
+  const free = choices && !free_text ? [] : [field, el("button.primary", "Answer")];
+  const inputs = [(choices || []).map(button), free];
+  $("question").replaceChildren(el("strong", `${spaced(agent_role || "The team")} asks you`),
+    el("div.md", markdown(message)), el("div.row", inputs), el("p.bad", {role: "alert"}));
+}
+async function files(mine) {
+  mine.filesDue = false;
+  const found = await json(path(mine.id, "/artifacts")).catch(() => []);
+  if (mine !== view) return;
+  const tree = new Map();
+  for (const {path} of found) {
+    const parts = path.split("/");
+    parts.forEach((part, depth) => {
+      const isFile = depth === parts.length - 1;
+      const line = el("li", isFile ? opener(part, () => show(path)) : part + "/");
+      const place = parts.slice(0, depth + 1).join("/");
+      line.style.paddingLeft = depth + "em";
+      if (!tree.has(place)) tree.set(place, line);
+    });
+  }
+  $("files").replaceChildren(...tree.values());
+  $("made").hidden = !found.length;
 }
 async function show(file) {
-  const parts = file.split("/");
-  let text;
-  try {
-    const where = "/artifacts/" + parts.map(encodeURIComponent).join("/");
-    const answer = await api(path(view.id, where));
-    if (!answer.headers.get("Content-Type").startsWith("text/plain")) {
-      return save(answer, parts.at(-1));
-    }
-    text = await answer.text();
-  } catch (error) {
-    text = error.message;
-  }
-  if (text.length > 500000) text = text.slice(0, 500000) + "\n… (cut)";
-  $("content").textContent = text;
-  $("path").textContent = file;
-  $("file").showModal();
+  const name = file.split("/").map(encodeURIComponent).join("/");
+  const blob = await (await api(path(view.id, "/artifacts/" + name))).blob();
+  if (blob.type.startsWith("text/plain")) present(file, await blob.text(), blob);
+  else save(blob, file.split("/").at(-1));
 }
-async function save(answer, name) {
-  const url = URL.createObjectURL(await answer.blob());
-  el("a", {href: url, download: name}).click();
-  setTimeout(URL.revokeObjectURL, 60000, url);
-}
+
+// What a person does
 function act(name, work) {
-  $(name).onclick = () => work().catch(error => { $("failure").textContent = error.message; });
+  $(name).onclick = async () => {
+    $(name).disabled = true;
+    await work().catch(error => fail("That did not work", error.message));
+    $(name).disabled = offline > 0;
+  };
 }
-act("zip", async () => save(await api(path(view.id, "/artifacts.zip")), view.id + ".zip"));
-act("cancel", () => api(path(view.id, "/cancel"), {method: "POST"}));
+act("retry", retry);
+act("newer", () => list(-1));
+act("older", () => list(1));
+act("cancel", () => post(path(view.id, "/cancel")));
+act("run", async () => {
+  await post(path(view.id, "/run?restart=" + !isLive(view.state.status)));
+  if (view.over) connect(view);
+});
 act("delete", async () => {
   await api(path(view.id), {method: "DELETE"});
   location.hash = "";
 });
-act("run", async () => {
-  const again = ENDED.includes(view.state.status);
-  await api(path(view.id, "/run?restart=" + again), {method: "POST"});
-  if (view.socket.readyState > 1) connect(view);
+act("zip", async () => {
+  const answer = await api(path(view.id, "/artifacts.zip"));
+  save(await answer.blob(), view.id + ".zip");
 });
-act("more", async () => {
-  size = 100;
-  await list();
-});
-function option({name, type, checked, value, valueAsNumber}) {
-  if (name === "approve") return value.split(/[\s,]+/).filter(Boolean);
-  if (type === "checkbox") return checked;
-  return type === "number" ? valueAsNumber : value;
+$("close").onclick = () => $("viewer").close();
+$("latest").onclick = () => main.scrollTo(0, main.scrollHeight);
+main.onscroll = () => {
+  follow = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
+  $("latest").hidden = follow;
+};
+for (const name of ["who", "kind", "log"]) $(name).onchange = filter;
+$("examples").onclick = ({target}) => {
+  if (target.type === "button") $("prompt").value = target.textContent;
+  $("prompt").focus();
+};
+function options() {
+  const given = {};
+  for (const {name, type, value, checked} of $("form").querySelectorAll("[name]")) {
+    if (type === "checkbox") given[name] = checked;
+    else if (value) given[name] = type === "number" ? Number(value) : value;
+  }
+  if (given.approve) given.approve = given.approve.split(/[\s,]+/);
+  return given;
 }
+$("prompt").onkeydown = ({key, ctrlKey, metaKey}) => {
+  if (key === "Enter" && (ctrlKey || metaKey)) $("form").requestSubmit();
+};
 $("form").onsubmit = async event => {
   event.preventDefault();
-  $("problem").textContent = "";
-  const options = {};
-  for (const input of $("form").querySelectorAll("[name]")) {
-    const changed = input.checked !== input.defaultChecked || input.value !== input.defaultValue;
-    if (changed && input.value) options[input.name] = option(input);
-  }
+  if ($("start").disabled) return;
+  $("start").disabled = true;
+  put($("problem"), "");
   try {
-    const body = JSON.stringify({input_prompt: $("prompt").value, options});
-    const task = await json("api/tasks", {method: "POST", body});
-    await api(path(task.id, "/run"), {method: "POST"});
+    const body = {input_prompt: $("prompt").value, options: options()};
+    const task = await (await post("api/tasks", body)).json();
+    await post(path(task.id, "/run"));
+    $("prompt").value = "";
     location.hash = task.id;
   } catch (error) {
-    $("problem").textContent = error.message;
+    put($("problem"), error.message);
   }
+  $("start").disabled = offline > 0;
 };
-$("question").onsubmit = async event => {
+$("question").onsubmit = event => {
   event.preventDefault();
-  const answer = event.submitter?.value || $("answer").value;
-  try {
-    const body = JSON.stringify({question_id: $("question").dataset.id, answer});
-    await api(path(view.id, "/answers"), {method: "POST", body});
-  } catch (error) {
-    $("refused").textContent = error.message;
-  }
+  const answer = event.submitter.value || $("answer").value;
+  const refused = error => put($("question").lastChild, error.message);
+  post(path(view.id, "/answers"), {question_id: view.asked, answer}).catch(refused);
 };
-onhashchange = () => open(location.hash.slice(1));
-setInterval(() => { if (view && !view.ended && view.began) lanes(view); }, 1000);
-setInterval(list, 5000);
-fetch(new URL("healthz", base)).then(answer => answer.json()).then(({mode, teams}) => {
+$("login").onsubmit = event => {
+  event.preventDefault();
+  token = $("token").value;
+  sessionStorage.setItem("token", token);
+  $("login").hidden = true;
+  onhashchange();
+};
+function tick() {
+  seconds++;
+  if (offline === 1) retry();
+  else if (offline) setOffline(offline - 1);
+  else if (seconds % 5 === 0) list();
+  if (!view || view.over || offline) return;
+  draw(view);
+  // The server speaks every 15 s, or answers a ping: after 45 s of silence it is away.
+  if (seconds % 15 === 0 && view.socket?.readyState === 1) view.socket.send('{"type": "ping"}');
+  if (seconds - view.heard > 45) retry();
+}
+async function greet() {
+  const {mode, teams = []} = await json("healthz");
+  const company = el("option", {value: ""}, "the software company");
+  put($("mode"), mode === "test" ? "test mode: a scripted team, not MetaGPT" : "");
   $("teams").hidden = !teams.length;
-  $("teams").lastChild.append(...teams.map(name => el("option", {}, name)));
-  $("mode").textContent = mode === "test" ? "test mode: a scripted team, not MetaGPT" : "";
-});
+  $("teams").lastChild.replaceChildren(company, ...teams.map(name => el("option", name)));
+}
+if (token) sessionStorage.setItem("token", token);
+if (location.search) history.replaceState(null, "", location.pathname + location.hash);
+for (const input of $("form").querySelectorAll("[name]")) input.title = input.name;
+$("mark").src = document.querySelector("[rel=icon]").href;
+document.adoptedStyleSheets = [filters];
+onhashchange = () => open(location.hash.slice(1));
+setInterval(tick, 1000);
+greet();
 onhashchange();
 </script></body></html>
 """

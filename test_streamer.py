@@ -7462,13 +7462,17 @@ def test_hostile_page_in_a_real_browser_gets_nothing(tmp_path: Path, chromium: A
 
 
 def test_page_works_with_a_token(tmp_path: Path, chromium: Any) -> None:
-    """Opened with `?token=` it does all that it does without; else it says what is missing."""
+    """It is asked for where it is missing, and a reload does not lose it."""
     with live(burst(3), tmp_path, token=TOKEN) as client:
         chromium.goto(client.url)
         chromium.wait_for_selector("#link:has-text('a token is needed')")
-        chromium.goto(f"{client.url}/?token={TOKEN}")
-        chromium.fill("#prompt", "p")
-        chromium.click("form button")
+        assert chromium.locator("button.primary:visible").all_inner_texts() == ["Open"]
+        chromium.keyboard.type(TOKEN)
+        chromium.keyboard.press("Enter")
+        chromium.wait_for_selector("#login", state="hidden")
+        start(chromium, "p")
+        chromium.wait_for_selector("#status.SUCCEEDED")
+        chromium.reload()
         chromium.wait_for_selector("#status.SUCCEEDED")
         assert TOKEN not in chromium.url
 
@@ -8033,23 +8037,38 @@ class Fuzzer:
 # -----------------------------------------------------------------------------
 
 CHROMIUM_FLAGS = (
+    "--headless",
     "--no-sandbox",
     "--disable-gpu",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-sync",
+    "--remote-debugging-port=0",
 )
 ODD_TEXT = "<script>alert(1)</script> **bold** 😀 مرحبا بالعالم <img src=x onerror=alert(2)>"
 
 
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """A real Chromium, headless; a page error or a blocked resource fails the test."""
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Chromium, headless, for the tests of this file."""
     executable = needs("chromium")
     needs_package("playwright")
+    profile = tmp_path_factory.mktemp("chromium")
+    command = [executable, *CHROMIUM_FLAGS, f"--user-data-dir={profile}"]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
+        port_file = profile / "DevToolsActivePort"
+        wait_until(lambda: port_file.exists() and port_file.read_text().count("\n"))
+        yield f"http://127.0.0.1:{port_file.read_text().split()[0]}"
+        process.terminate()
+
+
+@pytest.fixture
+def chromium(browser: str) -> Iterator[Any]:
+    """A page of its own in it; an error in the page or a blocked resource fails the test."""
     with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        context = browser.new_context(
+        connection = playwright.chromium.connect_over_cdp(browser)
+        context = connection.new_context(
             viewport={"width": 1280, "height": 900}, accept_downloads=True
         )
         context.set_default_timeout(1000 * TIMEOUT)
@@ -8063,13 +8082,53 @@ def chromium() -> Iterator[Any]:
         )
         context.on("dialog", lambda dialog: faults.append(dialog.message))
         yield context.new_page()
-        browser.close()
+        context.close()
         assert faults == []
 
 
 def fits(page: Any) -> bool:
     """Nothing sticks out to the right."""
     return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+
+def start(page: Any, prompt: str) -> None:
+    page.fill("#prompt", prompt)
+    page.click("#start")
+
+
+def receive(page: Any, kind: str, **data: Any) -> None:
+    """Has the page take a message as if its socket had brought it."""
+    page.evaluate(
+        "message => view.socket.onmessage({data: JSON.stringify(message)})",
+        {"type": kind, "data": data},
+    )
+
+
+def team_event(page: Any, kind: str, role: str | None, **payload: Any) -> None:
+    """The same of an event, with the next number."""
+    receive(
+        page,
+        "event",
+        event_id=page.evaluate("view.sent = (view.sent || view.last) + 1"),
+        event_type=kind,
+        agent_role=role,
+        payload={"message": "", **payload},
+        timestamp=streamer.now(),
+    )
+
+
+@contextlib.contextmanager
+def watched_page(page: Any, workspace: Path, **body: Any) -> Iterator[tuple[Client, Any, Gate]]:
+    """A page on a task that runs until the gate opens; what it shows is the test's to say."""
+    gate = Gate()
+    with live(gate, workspace) as client:
+        task_id = client.create(**body)
+        client.post(f"/api/tasks/{task_id}/run")
+        page.goto(f"{client.url}/#{task_id}")
+        page.wait_for_selector("#status.RUNNING")
+        page.wait_for_selector("#feed:has-text('before')")
+        yield client, page, gate
+        page.goto("about:blank")
 
 
 def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) -> None:
@@ -8079,34 +8138,36 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
     assert "test mode" in page.inner_text("#mode")
     page.click("summary:has-text('Options')")
     page.fill("[name=n_round]", "3")
+    page.uncheck("[name=code_review]")
     page.fill("#prompt", ODD_TEXT)
-    page.focus("form button")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".lane:has-text('ProductManager')")
-    page.wait_for_selector("#feed pre:has-text('As a user I see')")  # tokens as they come
-    page.wait_for_selector("#status.RUNNING:has-text('25%')")
-    assert page.locator(".lane .track i").count() >= 1
-    assert page.locator(".lane:has-text('Architect'):has-text(' for ')").count() == 1
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#team > :has-text('Engineer'):has-text('waits')")
+    page.wait_for_selector("#status.SUCCEEDED")
+    assert page.locator("#team > :has-text('Product Manager'):has-text('done') i").count() == 1
+    assert page.locator("#feed .doc h4").first.inner_text() == "Requirements"
+    assert page.locator("#feed p:has-text('Architect designs the system')").count() == 1
     assert fits(page)
-    page.wait_for_selector("#status.SUCCEEDED:has-text('100%')")
-    page.wait_for_selector("#link:has-text('ended')")
     task = scripted.get("/api/tasks")["items"][0]
-    assert (task["input_prompt"], task["options"]["n_round"]) == (ODD_TEXT, 3)
+    assert task["input_prompt"] == ODD_TEXT
+    assert (task["options"]["n_round"], task["options"]["code_review"]) == (3, False)
     assert page.inner_text("#title") == ODD_TEXT
-    assert page.locator("#task script, #task img, #tasks script, #tasks img").count() == 0
-    assert page.locator("#feed li").count() == len(
-        {
-            event["payload"].get("call_id") or event["event_id"]
-            for event in whole_log(scripted, task["id"])
-        }
-    )
-    assert "of $3.00" in page.inner_text("#cost")
-    message = page.locator("#feed .MESSAGE details").first
-    assert not message.locator("pre").is_visible()
-    message.locator("summary").press("Enter")
-    assert ODD_TEXT in message.locator("pre").inner_text()
-    page.click("#files button:has-text('src/app.py')")
+    assert page.locator("main script, main img, nav script, nav img").count() == 0
+    assert page.locator("#feed > li:has-text('You asked')").inner_text().endswith(ODD_TEXT)
+    assert [line.split("\n")[0] for line in page.locator("#team > li").all_inner_texts()] == [
+        "PM",
+        "A",
+        "PM",
+        "E",
+    ]
+    assert page.locator("#feed .TASK_COMPLETE").count() == 1
+    page.click("#feed .MESSAGE button >> nth=0")
+    assert ODD_TEXT.replace("**", "") in page.inner_text("#content")
+    page.keyboard.press("Escape")
+    page.click("#files button:has-text('app.py')")
     page.wait_for_selector("dialog[open] #content:has-text('ENTRIES')")
+    with page.expect_download() as one:
+        page.click("#save")
+    assert one.value.suggested_filename == "app.py"
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
     with page.expect_download() as download:
@@ -8136,19 +8197,19 @@ def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
         page.select_option("[name=team]", "painters")
         page.fill("[name=approve]", "Paint, Draw")
         page.fill("#prompt", "Paint")
-        page.click("#form button")
-        page.wait_for_selector("#question:visible #asked:has-text('Painter asks: <b>Which?</b>')")
+        page.click("#start")
+        page.wait_for_selector("#question:has-text('Painter asks you'):has-text('<b>Which?</b>')")
         assert fits(page)
         page.fill("#answer", " ")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#refused:has-text('not only blanks')")
+        page.wait_for_selector("#question:has-text('not only blanks')")
         page.fill("#answer", ODD_TEXT)
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#asked:has-text('The team asks: More?')")
-        assert not page.is_visible("#answer")
-        page.focus("#choices button")
+        page.wait_for_selector("#question:has-text('The team asks you'):has-text('More?')")
+        assert page.locator("#answer").count() == 0
+        page.focus("#question button")
         page.keyboard.press("Space")
         page.wait_for_selector("#status.SUCCEEDED")
         assert not page.is_visible("#question")
@@ -8160,38 +8221,90 @@ def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
 
 
 def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
+    """One filled button at a time; a deletion is asked for twice; what fails is said."""
     page, gate = chromium, Gate()
     with live(gate, tmp_path) as client:
         page.goto(client.url)
-        page.fill("#prompt", "😀")
-        page.click("form button")
+        assert page.locator(":focus").get_attribute("id") == "prompt"
+        start(page, "😀")
         page.wait_for_selector("#status.RUNNING")
+        assert page.locator("button.primary:visible").count() == 0
         page.click("#cancel")
         page.wait_for_selector("#status.CANCELLED")
+        assert page.locator("button.primary:visible").all_inner_texts() == ["Run again"]
         gate.go.set()
-        page.click("#run:has-text('Run again')")
+        page.click("#run")
         page.wait_for_selector("#status.SUCCEEDED")
-        assert page.locator("#feed .TASK_START").count() == 2
+        assert page.locator("#feed > li:has-text('You asked')").count() == 2
         task_id = client.get("/api/tasks")["items"][0]["id"]
         waiting = client.create("x" * 32000)
         page.goto(f"{client.url}/#{waiting}")
         page.wait_for_selector("#status.PENDING")
+        assert page.locator("button.primary:visible").all_inner_texts() == ["Run"]
         assert client.get(f"/api/tasks/{waiting}")["status"] == "PENDING"  # to look is not to start
         assert fits(page)
         assert client.http.delete(f"/api/tasks/{waiting}").status_code == 204
         page.wait_for_selector("#failure:has-text('it was deleted')")
         page.goto(f"{client.url}/#{task_id}")
         page.wait_for_selector("#status.SUCCEEDED")
+        assert not page.locator("#delete").is_visible()
+        page.click("summary:has-text('Delete')")
         page.click("#delete")
-        page.wait_for_selector("#hint:visible")
+        page.wait_for_selector("#home:visible")
         assert client.http.get(f"/api/tasks/{task_id}").status_code == 404
-        page.fill("#prompt", "x" * 32001)
-        page.click("form button")
+        assert page.input_value("#prompt") == ""
+        start(page, "x" * 32001)
         page.wait_for_selector("#problem:has-text('1 to 32000 characters')")
+        assert page.locator("#start").is_enabled()
+
+
+def test_page_starts_one_task_however_often_one_clicks(tmp_path: Path, chromium: Any) -> None:
+    """Start is disabled while it posts; an example fills the box; the options go by their names."""
+    page = chromium
+    with live(burst(1), tmp_path) as client:
+        page.goto(client.url)
+        page.click("#examples button >> nth=1")
+        page.evaluate(
+            "() => { $('start').click(); $('start').click(); $('form').requestSubmit(); }"
+        )
+        page.wait_for_selector("#status.SUCCEEDED")
+        (task,) = client.get("/api/tasks")["items"]
+        assert task["input_prompt"] == "A snake game for the browser"
+        page.goto(client.url)
+        titles = page.locator("#form [name]").evaluate_all("each => each.map(e => e.title)")
+        assert set(titles) >= {"n_round", "investment", "timeout", "run_tests", "approve", "team"}
+
+
+def test_page_offers_the_teams_of_the_server(tmp_path: Path, chromium: Any) -> None:
+    """A team and the actions that wait for a person's word go with the task, where chosen."""
+    page, sent = chromium, []
+
+    def tasks(route: Any) -> None:
+        if route.request.method == "POST":
+            sent.append(route.request.post_data_json)
+            route.fulfill(status=400, json={"error": {"code": "invalid", "message": "enough"}})
+        else:
+            route.continue_()
+
+    with live(burst(1), tmp_path) as client:
+        page.route("**/api/tasks", tasks)
+        page.route("**/healthz", lambda route: route.fulfill(json={"mode": "x", "teams": ["talk"]}))
+        page.goto(client.url)
+        page.click("summary:has-text('Options')")
+        page.select_option("[name=team]", "talk")
+        page.fill("[name=approve]", "WritePRD, WriteDesign")
+        start(page, "p")
+        page.wait_for_selector("#problem:has-text('enough')")
+        page.goto("about:blank")
+    (body,) = sent
+    assert (body["options"]["team"], body["options"]["approve"]) == (
+        "talk",
+        ["WritePRD", "WriteDesign"],
+    )
 
 
 def test_page_says_that_a_price_is_unknown(tmp_path: Path, chromium: Any) -> None:
-    """No dollars where nobody knows them, but the tokens; the summary says the same."""
+    """No dollars where nobody knows them, but the tokens; nothing before anything is known."""
 
     def runner(run: Run) -> dict[str, Any]:
         run.update(cost={"prompt_tokens": 1200, "completion_tokens": 34, "total_cost": None})
@@ -8199,11 +8312,13 @@ def test_page_says_that_a_price_is_unknown(tmp_path: Path, chromium: Any) -> Non
 
     page = chromium
     with live(runner, tmp_path) as client:
-        page.goto(client.url)
-        page.fill("#prompt", "p")
-        page.click("form button")
+        task_id = client.create()
+        page.goto(f"{client.url}/#{task_id}")
+        page.wait_for_selector("#status.PENDING")
+        assert page.inner_text("#facts") == ""
+        page.click("#run")
         page.wait_for_selector("#status.SUCCEEDED")
-        assert page.inner_text("#cost") == "price unknown, 1,234 tokens"
+        assert page.inner_text("#facts") == "0:00 · price unknown · 1,234 tokens"
         assert client.get("/api/tasks")["items"][0]["result_summary"] == "price unknown"
         page.goto("about:blank")
 
@@ -8215,19 +8330,35 @@ def test_page_survives_a_restart_of_the_server(tmp_path: Path, chromium: Any) ->
         port = free.getsockname()[1]
     with busy(tmp_path, db="streamer.db", port=port) as server:
         page.goto(server.client.url)
-        page.fill("#prompt", "0.02")
-        page.click("form button")
-        page.wait_for_selector("#feed pre:has-text('token 3 ')")
+        start(page, "0.02")
+        page.wait_for_selector("#team .tail:has-text('token 3 ')")
         server.stop(signal.SIGKILL)
-        page.wait_for_selector("#link:has-text('connection lost, reconnecting after event')")
+        page.wait_for_selector("#away:has-text('Trying again in')")
+        assert page.locator("#cancel").is_disabled()
     with busy(tmp_path, db="streamer.db", port=port) as server:
         page.wait_for_selector("#status.FAILED")
         page.wait_for_selector("#failure:has-text('interrupted by a restart')")
-        assert page.locator("#feed .note:has-text('reconnected, resumed after event')").count() == 1
+        assert page.locator("#away").is_hidden()
+        assert page.locator("#run").is_enabled()
+        assert page.locator("#feed .note:has-text('connected again, after event')").count() == 1
         log = whole_log(server.client, server.client.get("/api/tasks")["items"][0]["id"])
         tokens = [event["payload"]["message"] for event in log if event["event_type"] == "TOKEN"]
-        assert "".join(page.locator("#feed .TOKEN pre").all_text_contents()) == "".join(tokens)
+        assert page.locator("#feed .doc p").all_text_contents() == ["".join(tokens)]
         assert page.locator("#feed .TASK_ERROR").count() == 1
+
+
+def test_page_makes_a_silent_connection_again(tmp_path: Path, chromium: Any) -> None:
+    """Open and silent for three heartbeats: it is dropped, and another resumes."""
+    chromium.clock.install()
+    with watched_page(chromium, tmp_path) as (client, page, gate):
+        page.evaluate("() => { silent = view.socket; silent.onmessage = silent.send = () => {}; }")
+        page.clock.run_for(50_000)
+        page.wait_for_selector("#feed .note:has-text('connected again, after event')")
+        assert page.evaluate("silent !== view.socket")
+        gate.go.set()
+        wait_until(lambda: client.get("/healthz")["tasks"] == {"SUCCEEDED": 1})
+        page.clock.run_for(1000)
+        page.wait_for_selector("#status.SUCCEEDED")
 
 
 def test_page_shows_the_task_it_was_asked_for_last(tmp_path: Path, chromium: Any) -> None:
@@ -8245,9 +8376,10 @@ def test_page_shows_the_task_it_was_asked_for_last(tmp_path: Path, chromium: Any
         for route in slow:
             route.continue_()
         chromium.wait_for_load_state("networkidle")
-        assert (chromium.inner_text("#title"), chromium.inner_text("#failure")) == ("second", "")
+        assert chromium.inner_text("#title") == "second"
+        assert chromium.locator("#failure").is_hidden()
         assert chromium.locator("#run").is_visible()
-        chromium.wait_for_function("document.querySelector('#link').textContent === 'live'")
+        chromium.wait_for_selector("#link:has-text('live')")
         assert client.get("/healthz")["clients"] == 1
         chromium.unroute_all()
         chromium.evaluate(f"location.hash = '{first}'")
@@ -8255,24 +8387,390 @@ def test_page_shows_the_task_it_was_asked_for_last(tmp_path: Path, chromium: Any
         chromium.evaluate("view.last = 99999; connect(view)")
         chromium.wait_for_selector("#feed .note:has-text('not kept any more')")
         chromium.wait_for_selector("#feed .TASK_COMPLETE")
-        assert chromium.locator("#feed .LOG").count() == 3
+        assert chromium.locator("#feed > .LOG").count() == 3
         chromium.goto(f"{client.url}/#{second}?start=true&x=")
         chromium.wait_for_selector("#failure:has-text('not found')")
         assert client.get(f"/api/tasks/{second}")["status"] == "PENDING"
 
 
 def test_page_stays_usable_with_5000_events(tmp_path: Path, chromium: Any) -> None:
-    """All of them are there, once, in order, and a click still works."""
+    """All of them are there, once, in order, behind a switch, and a click still works."""
     page = chromium
     with live(burst(5000), tmp_path) as client:
         page.goto(client.url)
-        page.fill("#prompt", "many")
-        page.click("form button")
+        start(page, "many")
         page.wait_for_selector("#status.SUCCEEDED")
-        lines = page.locator("#feed .LOG span").all_text_contents()
+        page.wait_for_selector("#feed .TASK_COMPLETE")
+        assert page.locator("#feed > .LOG").first.is_hidden()
+        page.check("#log")
+        assert page.locator("#feed > .LOG").first.is_visible()
+        lines = page.locator("#feed > .LOG p").all_text_contents()
         assert lines == [f"line {number}" for number in range(5000)]
-        page.click("summary:has-text('Prompt')")
-        assert page.locator("#text").is_visible()
+
+
+def test_page_reaches_every_task(tmp_path: Path, chromium: Any) -> None:
+    """Fifty at a time, newest first, each with a mark, its age and how long it took."""
+    page = chromium
+    with live(burst(1), tmp_path) as client:
+        first = client.create("first")
+        client.watch(first)
+        for number in range(101):
+            client.create(f"task {number}")
+        page.goto(client.url)
+        page.wait_for_selector("#tasks li")
+        names = page.locator("#tasks .title").all_inner_texts()
+        page.click("#older")
+        page.wait_for_selector("#tasks li:has-text('task 50')")
+        page.click("#older")
+        page.wait_for_selector("#tasks li:has-text('first')")
+        assert names == [f"task {number}" for number in range(100, 50, -1)]
+        assert page.locator("#tasks .title").all_inner_texts() == ["task 0", "first"]
+        lines = page.locator("#tasks small").all_inner_texts()
+        assert lines == ["pending · just now", "succeeded · just now · 0:00"]
+        assert page.locator("#older").is_hidden()
+        page.click("#newer")
+        page.wait_for_selector("#tasks li:has-text('task 50')")
+
+
+def test_page_says_that_a_task_is_queued(tmp_path: Path, chromium: Any) -> None:
+    """It waits for a slot: that is said, and Run is not offered a second time."""
+    gate = Gate()
+    with live(gate, tmp_path, max_running=1) as client:
+        for _ in range(2):
+            task_id = client.create()
+            client.post(f"/api/tasks/{task_id}/run")
+        chromium.goto(f"{client.url}/#{task_id}")
+        chromium.wait_for_selector("#status:has-text('queued')")
+        assert chromium.inner_text("#facts") == "waiting for a free slot (max_running)"
+        assert chromium.locator("#top button:visible").all_inner_texts() == ["Stop"]
+        gate.go.set()
+        chromium.wait_for_selector("#status.SUCCEEDED")
+
+
+def test_page_shows_the_team_at_work(tmp_path: Path, chromium: Any) -> None:
+    """Several at once, in plain words, with the last of each text, and cost where it is known."""
+    with watched_page(chromium, tmp_path) as (_, page, _):
+        for role, action in (("Architect", "WriteDesign"), ("Sam", "SaySomething")):
+            team_event(page, "AGENT_START", role, action=action)
+        team_event(page, "TOKEN", "Architect", action="WriteDesign", call_id="1", message="of old ")
+        team_event(page, "TOKEN", "Sam", action="Say", call_id="2", message="x" * 900 + "the end")
+        cost = {"prompt_tokens": 1000, "completion_tokens": 500, "total_cost": 0.0125}
+        receive(
+            page,
+            "state",
+            status="RUNNING",
+            progress=0.5,
+            waiting_on={"agent_role": "Architect", "action": "WriteDesign", "seconds": 12.3},
+            cost={**cost, "by_role": {"Sam": cost}},
+        )
+        page.wait_for_selector(".busy:has-text('Sam'):has-text('$0.0125 · 1,500 tokens')")
+        busy = page.locator(".busy")
+        assert busy.count() == 2
+        assert "designs the system, waits for the model: 0:12" in busy.first.inner_text()
+        assert "tokens" not in busy.first.inner_text()
+        assert busy.last.locator(".tail").inner_text() == "x" * 693 + "the end"
+        team_event(page, "AGENT_COMPLETE", "Architect", action="WriteDesign")
+        team_event(page, "ERROR", "Sam", action="SaySomething", message="Sam failed: why")
+        page.wait_for_selector("#team > :has-text('Sam'):has-text('failed')")
+        assert page.locator("#team > :has-text('Architect'):has-text('done')").count() == 1
+        assert page.locator("#feed .ERROR").inner_text() == "failed: why"
+        texts = page.locator("#feed .doc p").all_inner_texts()
+        assert texts == ["of old ", "x" * 900 + "the end"]
+
+
+def test_page_takes_whatever_a_runner_says(tmp_path: Path, chromium: Any) -> None:
+    """Payloads of other types than MetaGPT's: each event is told, and the end is seen."""
+
+    def runner(run: Run) -> dict[str, Any]:
+        odd = {"action": 5, "call_id": {}, "path": 1, "change": [], "content": 7, "send_to": None}
+        for kind in (
+            "AGENT_START",
+            "TOKEN",
+            "MESSAGE",
+            "ARTIFACT",
+            "LOG",
+            "ERROR",
+            "AGENT_COMPLETE",
+        ):
+            run.emit(kind, {"message": f"odd {kind}", **odd}, "constructor")
+            run.emit(kind, {"message": f"plain {kind}"})
+        return {"files": 3, "cost": "x", "answer": {"nested": [None, 1.5]}}
+
+    with live(runner, tmp_path) as client:
+        chromium.goto(client.url)
+        start(chromium, "p")
+        chromium.wait_for_selector("#status.SUCCEEDED")
+        chromium.wait_for_selector("#feed >> text=plain ERROR")
+        chromium.wait_for_selector("#feed >> text=odd MESSAGE")
+
+
+def test_page_tells_of_a_failure_what_why_and_what_to_do(tmp_path: Path, chromium: Any) -> None:
+    """One card, on top, with the button that runs it again; those who had not begun say so."""
+
+    def runner(run: Run) -> dict[str, Any]:
+        run.emit("AGENT_START", {"message": "", "action": "WritePRD"}, "ProductManager")
+        run.emit("ERROR", {"message": "broken", "action": "WritePRD"}, "ProductManager")
+        raise streamer.RunFailed("the key was refused: check llm.api_key")
+
+    page = chromium
+    with live(runner, tmp_path) as client:
+        page.goto(client.url)
+        start(page, "p")
+        page.wait_for_selector("#failure:visible")
+        what, why, what_to_do = page.locator("#failure > *").all_inner_texts()
+        assert what == "It failed · Product Manager · writes the requirements"
+        assert why == "the key was refused: check llm.api_key"
+        assert "run it again" in what_to_do
+        assert page.locator("#team > :has-text('did not begin')").count() == 3
+        page.click("#run")
+        page.wait_for_selector("#feed .TASK_ERROR >> nth=1")
+        assert page.locator("#failure").is_visible()
+
+
+def test_page_keeps_story_and_log_apart(tmp_path: Path, chromium: Any) -> None:
+    """The log is behind a switch; a role's or a kind's rows alone; thoughts are behind a button."""
+    with watched_page(chromium, tmp_path) as (_, page, _):
+        for role in ("Architect", "Sam"):
+            team_event(page, "AGENT_START", role, action="WriteDesign")
+            team_event(page, "REASONING", role, message="hm")
+            team_event(page, "LOG", role, message=f"log of {role}")
+            team_event(page, "ARTIFACT", role, message="m", path=f"a/{role}.py", change="created")
+            team_event(page, "MESSAGE", role, message=f"{role} to <all>: done")
+        page.wait_for_selector("#feed >> text=to everybody: done")
+
+        def rows() -> list[str]:
+            return list(page.locator("#feed .told:visible").all_inner_texts())
+
+        own = {
+            role: ["thoughts", f"created a/{role}.py", "to everybody: done"]
+            for role in ("Architect", "Sam")
+        }
+        assert rows() == ["before", *own["Architect"], *own["Sam"]]
+        page.check("#log")
+        assert rows()[1] == "log of Architect"
+        page.uncheck("#log")
+        page.select_option("#who", label="Sam")
+        assert rows() == own["Sam"]
+        page.select_option("#kind", label="files")
+        assert rows() == ["created a/Sam.py"]
+        page.select_option("#who", label="everybody")
+        assert rows() == ["created a/Architect.py", "created a/Sam.py"]
+
+
+def test_page_follows_until_a_person_scrolls(tmp_path: Path, chromium: Any) -> None:
+    """The latest stays in sight, not against a person's will; an old task shows its top."""
+    with watched_page(chromium, tmp_path) as (_, page, gate):
+        below = "main.scrollHeight - main.scrollTop - main.clientHeight"
+
+        def write(number: int) -> None:
+            for _ in range(20):
+                team_event(page, "MESSAGE", None, message=f"part {number}")
+            page.wait_for_selector(f"#feed > :nth-child({2 + 20 * number})")
+
+        write(1)
+        write(2)
+        wait_until(lambda: page.evaluate(below) < 2)
+        page.mouse.move(600, 700)
+        page.mouse.wheel(0, -300)
+        page.wait_for_selector("#latest:visible")
+        where = page.evaluate("main.scrollTop")
+        write(3)
+        assert page.evaluate("main.scrollTop") == where
+        page.click("#latest")
+        wait_until(lambda: page.evaluate(below) < 2)
+        write(4)
+        wait_until(lambda: page.evaluate(below) < 2)
+        gate.go.set()
+        page.wait_for_selector("#status.SUCCEEDED")
+        page.reload()
+        page.wait_for_selector("#feed .TASK_COMPLETE")
+        assert page.evaluate("main.scrollTop") == 0
+
+
+def test_page_keeps_a_half_written_answer_and_shows_a_refusal(
+    tmp_path: Path, chromium: Any
+) -> None:
+    """A question is a form on top: words or choices, by keyboard; a refusal is shown."""
+    answers: list[Any] = []
+    refusal = {"error": {"code": "conflict", "message": "it was answered already"}}
+
+    def answered(route: Any) -> None:
+        answers.append(route.request.post_data_json)
+        if len(answers) == 1:
+            route.fulfill(status=202, json={})
+        else:
+            route.fulfill(status=409, json=refusal)
+
+    with watched_page(chromium, tmp_path) as (_, page, _):
+        state = {"status": "RUNNING", "progress": 0.1, "cost": dict(streamer.NO_COST)}
+        page.route("**/answers", answered)
+        question = {"question_id": "q1", "message": "**Which** colour?", "agent_role": "Architect"}
+        receive(page, "state", **state, question={**question, "choices": None})
+        page.wait_for_selector("#question:has-text('Architect asks you') strong:has-text('Which')")
+        page.focus("#answer")
+        page.keyboard.type("blue")
+        receive(page, "state", **state, question={**question, "choices": None})
+        team_event(page, "LOG", None, message="meanwhile")
+        page.wait_for_selector("#feed >> text=meanwhile", state="attached")
+        assert page.input_value("#answer") == "blue"
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        receive(page, "state", **state)
+        page.wait_for_selector("#question", state="hidden")
+        receive(
+            page,
+            "state",
+            **state,
+            question={**question, "question_id": "q2", "choices": ["a", "b"]},
+        )
+        page.wait_for_selector("#question button:has-text('b')")
+        assert page.locator("#answer").count() == 0
+        page.click("#question button:has-text('b')")
+        page.wait_for_selector("#question:has-text('it was answered already')")
+        both = {**question, "question_id": "q3", "choices": ["continue"], "free_text": True}
+        receive(page, "state", **state, question=both)
+        page.fill("#answer", "but blue")
+        page.click("#question .primary")
+        wait_until(lambda: len(answers) == 3)
+        assert answers == [
+            {"question_id": "q1", "answer": "blue"},
+            {"question_id": "q2", "answer": "b"},
+            {"question_id": "q3", "answer": "but blue"},
+        ]
+
+
+# Texts, and the elements they become: tag, and text where there is nothing inside.
+DOCUMENTS = (
+    ("# One\n## Two\ntext\nof two", "h4 One|h4 Two|p text\nof two"),
+    ("- a\n  - b\n* c\n\n1. d\n2) e", "ul(li a|li b|li c)|ol(li d|li e)"),
+    (
+        "| A | B |\n|---|:-:|\n| `1` | **2** |",
+        "div(table(tr(th A|th B)|tr(td(code 1)|td(strong 2))))",
+    ),
+    ("```python\nx = 1\n```", "figure(figcaption(span python|button Copy)|div(pre 1|pre x = 1))"),
+    ("[here](javascript:alert(1))", "p [here](javascript:alert(1))"),
+    ("<img src=x onerror=alert(1)>", "p <img src=x onerror=alert(1)>"),
+    ("a\u202eb\u2066c", "p a[U+202E]b[U+2066]c"),
+    (
+        '[CONTENT]{"Product Goals": ["a", "b"], "Language": "**en**", "No": "", "N": 3}[/CONTENT]',
+        "h4 Product Goals|ul(li(p a)|li(p b))|h4 Language|p(strong en)|h4 N|p 3",
+    ),
+    (
+        '{"Task list": [["a.py", "main"]], "Chart": "graph TD\\nA-->B"}',
+        "h4 Task list|ul(li(ul(li(p a.py)|li(p main))))|h4 Chart|figure(figcaption("
+        "span Diagram (Mermaid)|button Copy)|div(pre 1\n2|pre graph TD\nA-->B))",
+    ),
+    ("{not json", "p {not json"),
+    ("```\ncut", "figure(figcaption(span |button Copy)|div(pre 1|pre cut))"),
+)
+OUTLINE = """text => {
+  const outline = each => [...each.children].map(child => {
+    const name = child.tagName.toLowerCase();
+    const mixed = [...child.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    const isLeaf = mixed || child.children.length === 0;
+    return isLeaf ? `${name} ${child.textContent}` : `${name}(${outline(child)})`;
+  }).join("|");
+  return outline(rendered(text));
+}"""
+
+
+def test_page_renders_documents_as_elements(tmp_path: Path, chromium: Any) -> None:
+    """Markdown, MetaGPT's JSON, code, diagrams; what is hostile stays text and can be seen."""
+    with live(burst(0), tmp_path) as client:
+        chromium.goto(client.url)
+        for text, outline in DOCUMENTS:
+            assert chromium.evaluate(OUTLINE, text) == outline
+        numbers = "rendered('a\\n'.repeat(3), 'py').querySelector('pre').textContent"
+        assert chromium.evaluate(numbers) == "1\n2\n3\n4"
+        for start in ("[", "`", "**a", "| ", "{", "- ", "[CONTENT]", "a\n"):
+            hostile = (start * 50_000)[:100_000]
+            assert chromium.evaluate("text => rendered(text).tagName", hostile) == "DIV"
+
+
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const light = color => {
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(
+      value => value > 10.3 ? ((value / 255 + 0.055) / 1.055) ** 2.4 : value / 255 / 12.92);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  return Array.from({length: 24}, (_, index) => {
+    const name = tint("role" + index, el("span.name", "x"));
+    document.body.append(name);
+    const [ink, back, card] = [getComputedStyle(name).color, ...["--back", "--card"].map(value => {
+      name.style.color = `var(${value})`;
+      return getComputedStyle(name).color;
+    })].map(light);
+    name.remove();
+    return Math.min(...[back, card].map(paper => Math.max(ink, paper) / Math.min(ink, paper)));
+  });
+}"""
+
+
+def test_page_has_role_colours_that_can_be_read(tmp_path: Path, chromium: Any) -> None:
+    """24 roles on both backgrounds, light and dark: WCAG's 4.5 to 1."""
+    with live(burst(0), tmp_path) as client:
+        chromium.goto(client.url)
+        for scheme in ("light", "dark"):
+            chromium.emulate_media(color_scheme=scheme)
+            contrasts = chromium.evaluate(CONTRAST)
+            assert [round(each, 2) for each in contrasts if each < 4.5] == []
+
+
+def axe_core() -> str:
+    """The source of axe-core, which tries a page against WCAG."""
+    found = subprocess.run([needs("npm"), "root", "--global"], capture_output=True, text=True)
+    source = Path(found.stdout.strip(), "axe-core", "axe.min.js")
+    return source.read_text() if source.exists() else skip_without("axe-core (npm)")
+
+
+def test_page_is_accessible_in_every_state(tmp_path: Path, chromium: Any) -> None:
+    """axe-core finds nothing, light on a desk and dark on a phone."""
+    source = axe_core()
+    run = "async () => (await axe.run()).violations.map(each => [each.id, each.nodes[0].html])"
+
+    def check() -> None:
+        if not page.evaluate("'axe' in window"):
+            page.evaluate(source)
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate(run) == []
+
+    with watched_page(chromium, tmp_path) as (client, page, gate):
+        team_event(page, "AGENT_START", "Architect", action="WriteDesign")
+        for kind in ("TOKEN", "REASONING"):
+            text = "# A\n\n```py\nx\n```\n\n|a|b|\n|-|-|\n|1|2|\n"
+            team_event(page, kind, "Architect", message=text)
+        team_event(page, "ERROR", "Architect", message="broken")
+        team_event(page, "AGENT_START", "Engineer", action="WriteCode")
+        team_event(page, "TOKEN", "Engineer", message="x = 1")
+        team_event(page, "LOG", None, message="l")
+        state = {"status": "RUNNING", "progress": 0.1, "cost": dict(streamer.NO_COST)}
+        question = {"question_id": "q", "message": "m", "choices": None, "agent_role": None}
+        receive(page, "state", **state, question=question, error_message="why")
+        page.check("#log")
+        page.wait_for_selector("#question:visible")
+        page.click("summary:has-text('Delete')")
+        check()  # running, with a question and a failure
+        page.click("#feed .doc button:has-text('Open')")
+        check()
+        page.keyboard.press("Escape")
+        page.evaluate("setOffline(1000)")
+        check()
+        gate.go.set()
+        wait_until(lambda: client.get("/healthz")["tasks"] == {"SUCCEEDED": 1})
+        page.reload()
+        page.wait_for_selector("#feed .TASK_COMPLETE")
+        check()
+        page.goto(client.url)
+        page.click("summary:has-text('Options')")
+        page.wait_for_selector("#tasks .SUCCEEDED")
+        check()
+        page.evaluate("$('login').hidden = false")
+        check()
 
 
 def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
@@ -8284,7 +8782,7 @@ def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None
     page.goto(f"{scripted.url}/?token=abc#")
     page.wait_for_selector("#mode:has-text('test')")
     assert "token" not in page.url
-    assert (f"{scripted.url}/api/tasks?page_size=20", "Bearer abc") in sent
+    assert (f"{scripted.url}/api/tasks?page_size=50&page=1", "Bearer abc") in sent
     nonces = set()
     for _ in range(2):
         answer = scripted.http.get("/")
