@@ -845,18 +845,22 @@ class TaskState(NamedTuple):
             values["progress"] = max(self.progress, progress)
         return self._replace(**values)
 
+    @property
+    def waiting_on(self) -> Mapping[str, Any] | None:
+        """Who waits for a model, from the first second on: every request takes some time."""
+        if self.waiting is None or time.time() < self.waiting[2] + 1:
+            return None
+        role, action, since = self.waiting
+        seconds = round(time.time() - since, 1)
+        return {"agent_role": role, "action": action, "seconds": seconds}
+
     def as_dict(self) -> dict[str, Any]:
         data = self._asdict()
         del data["waiting"]
         if self.question is None:
             del data["question"]
-        if self.waiting is not None:
-            role, action, since = self.waiting
-            data["waiting_on"] = {
-                "agent_role": role,
-                "action": action,
-                "seconds": round(max(0.0, time.time() - since), 1),
-            }
+        if self.waiting_on is not None:
+            data["waiting_on"] = self.waiting_on
         return data
 
 
@@ -2308,6 +2312,7 @@ class Broker:
         self._loop = asyncio.get_running_loop()
         self._beats: asyncio.TimerHandle | None = None
         self._encoded = (-1, -1, "")
+        self._wait_is_told = False  # the last state that was made for clients says who waits
 
     @property
     def ended(self) -> bool:
@@ -2421,6 +2426,8 @@ class Broker:
 
     def _adopt(self, state: TaskState, events: Batch, task: Task) -> None:
         unchanged = self.state._replace(last_event_id=state.last_event_id)
+        if not self._wait_is_told and state.waiting_on is None:
+            unchanged = unchanged._replace(waiting=state.waiting)
         changed = state != unchanged or task.status != self.task.status
         self.task = task
         self.state = state
@@ -2461,6 +2468,7 @@ class Broker:
             if self._notice is not None:
                 data["error_message"] = self._notice
             self._encoded = (*key, envelope("state", data))
+            self._wait_is_told = "waiting_on" in data
         return self._encoded[2]
 
     def subscribe(self, after: int = 0, types: frozenset[EventType] | None = None) -> Subscription:
@@ -2471,9 +2479,15 @@ class Broker:
         return subscription
 
     def _beat(self) -> None:
-        """Wakes clients that were sent nothing for long: one timer for all of a task's clients."""
+        """Wakes clients that were sent nothing for long, or have not been told of a wait.
+
+        One timer for all of a task's clients.
+        """
         self._beats = None
         if self.subscriptions:
+            if self.state.waiting_on is not None and not self._wait_is_told:
+                self.state_version += 1
+                self._wake_all()
             for subscription in self.subscriptions:
                 if subscription.overdue:
                     subscription.wake()
@@ -3057,46 +3071,128 @@ def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
 PRD = """\
 # Requirements
 
-Request: {prompt}
+> {prompt}
 
-- As a user I see my entries.
-- As a user I add and remove one.
+Test mode: a script plays the team, and builds a to-do list whatever is asked.
+
+| Who | Wants | So that | |
+|---|---|---|---|
+| Anybody | to note an entry in one line | nothing is forgotten | P0 |
+| Anybody | to tick an entry off | the list shows what is left | P0 |
+| A program | to read the list by itself | others can build on it | P1 |
+
+```mermaid
+flowchart LR
+    Person -->|add, done, list| App[src/app.py]
+    App -->|reads, writes| File[(todo.json)]
+```
 """
 DESIGN = """\
 # Design
 
-One module, app.py, standard library only.
+One module, `src/app.py`, with the standard library only.
 
-- `ENTRIES`: what is kept.
-- A loop prints it.
+| Part | Holds | Does |
+|---|---|---|
+| `Entry` | a text, and whether it is done | |
+| `TodoList` | the entries | adds, ticks off, loads, saves |
+| `main` | | the command line |
+
+A list is saved beside the old one, then renamed: a crash loses nothing.
 """
 TASKS = """\
 # Tasks
 
-1. app.py: the entries, then the loop.
+1. `src/app.py`: `Entry`, then `TodoList` with its file, then `main`.
+2. `tests/test_app.py`: an entry outlives a restart.
 
-No packages are needed and nothing is shared.
+No packages are needed, and nothing is unclear.
 """
 CODE = """\
-ENTRIES = ["read the PRD", "write code"]
+# A to-do list: `python app.py add "read the PRD"`, `done 1`, or `list`.
 
-for index, entry in enumerate(ENTRIES):
-    print(index, entry)
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass
+class Entry:
+    text: str
+    done: bool = False
+
+    def __str__(self) -> str:
+        return f"[{'x' if self.done else ' '}] {self.text}"
+
+
+class TodoList:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        if path.exists():
+            entries = json.loads(path.read_text())
+            self.entries = [Entry(**entry) for entry in entries]
+
+    def add(self, text: str) -> None:
+        self.entries.append(Entry(text))
+        self.save()
+
+    def finish(self, number: int) -> None:
+        if not 1 <= number <= len(self.entries):
+            raise SystemExit(f"{number} is none of {len(self.entries)} entries")
+        self.entries[number - 1].done = True
+        self.save()
+
+    def save(self) -> None:
+        new = self.path.with_suffix(".new")
+        entries = [asdict(entry) for entry in self.entries]
+        new.write_text(json.dumps(entries, indent=2))
+        os.replace(new, self.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("add").add_argument("text")
+    commands.add_parser("done").add_argument("number", type=int)
+    commands.add_parser("list")
+    arguments = parser.parse_args()
+    todo = TodoList(Path("todo.json"))
+    if arguments.command == "add":
+        todo.add(arguments.text)
+    if arguments.command == "done":
+        todo.finish(arguments.number)
+    for number, entry in enumerate(todo.entries, start=1):
+        print(number, entry)
+
+
+if __name__ == "__main__":
+    main()
 """
 TEST = """\
-import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+from app import TodoList
 
 
-def test_app_runs():
-    runpy.run_path("src/app.py")
+def test_an_entry_outlives_a_restart(tmp_path):
+    todo = TodoList(tmp_path / "todo.json")
+    todo.add("read the PRD")
+    todo.finish(1)
+    again = TodoList(tmp_path / "todo.json")
+    assert [str(entry) for entry in again.entries] == ["[x] read the PRD"]
 """
-# Role, action, progress when it is done, the file it writes, its text.
-SCRIPT: Sequence[tuple[str, str, float, str, str]] = (
-    ("ProductManager", "WritePRD", 0.25, "docs/prd.md", PRD),
-    ("Architect", "WriteDesign", 0.45, "docs/system_design.md", DESIGN),
-    ("ProjectManager", "WriteTasks", 0.6, "docs/task.md", TASKS),
-    ("Engineer", "WriteCode", 0.9, "src/app.py", CODE),
-    ("QaEngineer", "WriteTest", 0.95, "tests/test_app.py", TEST),
+# Role, action, start and length in an agent's time, the file it writes, its text.
+SCRIPT: Sequence[tuple[str, str, float, float, str, str]] = (
+    ("ProductManager", "WritePRD", 0.0, 1.0, "docs/prd.md", PRD),
+    ("Architect", "WriteDesign", 1.05, 1.0, "docs/system_design.md", DESIGN),
+    ("ProjectManager", "WriteTasks", 1.3, 1.0, "docs/task.md", TASKS),
+    ("Engineer", "WriteCode", 1.55, 2.0, "src/app.py", CODE),
+    ("QaEngineer", "WriteTest", 2.1, 1.8, "tests/test_app.py", TEST),
 )
 
 
@@ -3116,47 +3212,76 @@ def ask_approval(run: Run, action: str, role: str, free_text: bool = True) -> st
 def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
     """Test mode: the roles, events and state changes of a real run, without MetaGPT.
 
-    An agent takes `seconds`.
+    An agent takes `seconds`, the Engineer twice that; three of them overlap.
     """
     needs = {"Engineer": "implement", "QaEngineer": "run_tests"}
-    remark = ""
     team = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
-    cost = {**NO_COST, "max_budget": run.options["investment"]}
     run.emit("LOG", {"message": "test mode: a scripted team, not MetaGPT", "level": "INFO"})
-    for index, (role, action, progress, path, text) in enumerate(team):
-        text = text.replace("{prompt}", run.prompt)
-        if remark:
-            text += f"\nAs a person remarked: {remark}\n"
-        call = {"action": action, "call_id": uuid.uuid4().hex[:12]}
-        run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
-        run.update(cost=cost)
-        run.waits_for_model(role, action)
-        run.wait(0.2 * seconds)
-        run.waits_for_model()
-        pieces = re.findall(r"\S+\s*", text)
-        for piece in pieces:
-            run.emit("TOKEN", {"message": piece, **call}, role)
-            run.wait(0.8 * seconds / len(pieces))
-        target = run.workspace / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        run.report_files(role)
-        cost = {**cost, "completion_tokens": cost["completion_tokens"] + len(pieces)}
-        run.update(cost=cost, progress=progress)
-        to = [team[index + 1][0] if index + 1 < len(team) else "<all>"]
-        message = {
-            "message": f"{role} to {to[0]}: {path}",
-            "content": text,
-            "cause_by": action,
-            "sent_from": role,
-            "send_to": to,
-        }
-        run.emit("MESSAGE", message, role)
-        run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
-        if action in run.options["approve"]:
-            remark = ask_approval(run, action, role)
+    run.update(cost={"max_budget": run.options["investment"]})
+    remarks: list[str] = []
+    turns = []
+    start = 0.0
+    for index, (role, action, earliest, length, path, text) in enumerate(team):
+        start = max(start, earliest)
+        turns.append((start, index, _play(run, remarks, role, action, length, path, text)))
+        if action in run.options["approve"]:  # who comes next waits for a person's word
+            start += length + 0.05
+    clock = 0.0
+    while turns:
+        at, index, play = turns.pop(turns.index(min(turns)))
+        run.wait((at - clock) * seconds)
+        clock = at
+        pause = next(play, None)
+        if pause is not None:
+            turns.append((at + pause, index, play))
+        else:
+            run.update(progress=1 - len(turns) / len(team))
     result = {"mode": "test", "end_reason": "idle", "rounds": len(team)}
     return {**result, "files": run.report_files(), "cost": run.cost}
+
+
+def _play(
+    run: Run, remarks: list[str], role: str, action: str, length: float, path: str, text: str
+) -> Iterator[float]:
+    """An agent's events; yields the time to the next, in an agent's time.
+
+    It takes up a person's remark on what was done before it, and asks for one where that is wanted.
+    """
+    text = text.replace("{prompt}", run.prompt.replace("\n", "\n> "))
+    if remarks:
+        text += f"\n# As a person remarked: {remarks.pop()}\n"  # a comment, too
+    call = {"action": action, "call_id": uuid.uuid4().hex[:12]}
+    run.emit("AGENT_START", {"message": f"{role} starts {action}", "action": action}, role)
+    run.waits_for_model(role, action)
+    yield 0.2
+    run.waits_for_model()
+    run.emit("REASONING", {"message": f"What belongs into {path}?", **call}, role)
+    size = max(120, len(text) // 8)
+    phrases = re.findall(rf"(?s:.{{0,{size}}}\n)|.{{1,2000}}", text)  # whole lines, if they fit
+    for phrase in phrases:
+        run.emit("TOKEN", {"message": phrase, **call}, role)
+        yield (length - 0.2) / len(phrases)
+    target = run.workspace / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    cost = run.own_cost
+    words = len(text.split())
+    tokens = cost["completion_tokens"] + words
+    by_role = {**cost["by_role"], role: {"completion_tokens": words}}
+    run.update(cost={**cost, "completion_tokens": tokens, "by_role": by_role})
+    run.report_files(role)
+    message = {
+        "message": f"{role} to <all>: {path}",
+        "content": text,
+        "cause_by": action,
+        "sent_from": role,
+        "send_to": ["<all>"],
+    }
+    run.emit("MESSAGE", message, role)
+    run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
+    if action in run.options["approve"]:
+        remark = ask_approval(run, action, role)
+        remarks.extend([remark] if remark else [])
 
 
 # -----------------------------------------------------------------------------
@@ -7674,8 +7799,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in ("serve", "run"):
             known = 'serve (the default) and run "what to build"'
             raise SettingsError(f"{command!r} is no command; the commands are {known}")
-        if len(prompts) != (command == "run"):
-            raise SettingsError("run takes one prompt, in quotes; serve takes none")
+        if command == "serve" and prompts:
+            raise SettingsError(f"serve takes no {quoted(prompts[0])}; flags begin with --")
+        if command == "run" and len(prompts) != 1:
+            example = quoted(" ".join(prompts) or "Build a todo app")
+            raise SettingsError(f"run takes one prompt, not {len(prompts)}: run {example}")
         settings = Settings.from_environ(
             **{item.name: getattr(arguments, item.name) for item in fields(Settings)}
         )
@@ -7711,8 +7839,7 @@ def _serve(settings: Settings) -> int:
 
 
 def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: bool) -> int:
-    supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
-    teams = supervisor.engine.teams
+    teams = [team.partition("=")[0] for team in settings.teams]
     options = parse_options(given, settings.task_timeout, flag_of, teams)
     if prompt == "-":
         if sys.stdin.isatty():
@@ -7720,14 +7847,14 @@ def _run(settings: Settings, prompt: str, given: Mapping[str, Any], as_json: boo
         with open(0, encoding="utf-8", errors="surrogateescape", closefd=False) as stdin:
             prompt = stdin.read(settings.max_prompt + 1).strip()
     prompt = parse_text({"prompt": prompt}, "prompt", settings.max_prompt)
+    if sys.stdout.isatty() and not as_json:
+        settings = replace(settings, heartbeat=1.0)  # the last line is renewed by states
+    supervisor = create_app(settings, store=MemoryStore(settings)).state.supervisor
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     transcript = _Raw() if as_json else Transcript()
-    if sys.stdout.isatty() and not as_json:
-        transcript = Screen()
     try:
-        with transcript:
-            status = anyio.run(_run_here, supervisor, prompt, options, transcript)
+        status = anyio.run(_run_here, supervisor, prompt, options, transcript)
         code = 0 if status is TaskStatus.SUCCEEDED else 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = 130
@@ -7764,11 +7891,15 @@ async def _run_here(
         try:
             async with supervisor.watch(task.id) as subscription:
                 await supervisor.start(task.id)
-                await _show(supervisor, subscription, transcript)
-        except asyncio.CancelledError:
-            with output_may_end():
-                transcript.line("interrupted: the run is cancelled")
-            raise
+                try:
+                    await _show(supervisor, subscription, transcript)
+                except asyncio.CancelledError:
+                    with output_may_end():
+                        transcript.line("interrupted: cancelling the run")
+                    with contextlib.suppress(TaskEnded):
+                        await supervisor.cancel(task.id)
+                    await _show(supervisor, subscription, transcript)
+                    raise
         finally:
             with output_may_end():
                 transcript.end(supervisor.settings.workspace / task.id)
@@ -7833,68 +7964,180 @@ async def _input_lines() -> AsyncIterator[str]:
             yield line.decode(errors="replace")
 
 
-class Transcript(contextlib.AbstractContextManager[None]):
-    """Shows a task's messages as plain lines; what a model says in one call runs on."""
+class Transcript:
+    """Shows a task's messages to a person, as lines; what a model says runs on as it comes.
+
+    Of roles at work at once one has the floor, and what the others do is kept until it is done, or
+    silent. A terminal has colours, and a last line: how far, who is at work, at which cost.
+    """
+
+    PATIENCE = 3.0  # seconds until a silent role loses the floor
+    ROLE_STYLES = ("1;36", "1;35", "1;32", "1;33", "1;34")
+    STYLES: Mapping[str, tuple[str, str]] = {  # of what has no role's: style, first word
+        EventType.REASONING: ("2;3", ""),
+        EventType.ANSWER: ("", "answered: "),
+        EventType.ERROR: ("31", ""),
+        EventType.TASK_ERROR: ("1;31", "failed: "),
+        EventType.TASK_COMPLETE: ("1;32", "done: "),
+    }
 
     def __init__(self) -> None:
-        self._call: tuple[str, str] | None = None  # whose text the current line holds
-        self._action = ""
-        self._progress = -1
-
-    def __exit__(self, *failure: object) -> None: ...
+        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._roles: dict[str, str] = {"": ""}  # role → style
+        self._at_work: dict[str, None] = {}  # roles, as an ordered set
+        self._floor = ""  # the role that has it
+        self._heard = 0.0  # when it did something
+        self._kept: dict[str, list[Mapping[str, Any]]] = {}  # role → events
+        self._heading = ""  # what the text that comes next is known to be
+        self._text: tuple[Any, ...] = ()  # whose text the open line holds
+        self._told = ""  # the last error or notice
+        self._percent = 0
+        self._status = ""
 
     def show(self, message: Mapping[str, Any]) -> None:
         data = message["data"]
-        kind = data["event_type"] if message["type"] == "event" else message["type"]
-        if kind in (EventType.TOKEN, EventType.REASONING):
-            self.stream(kind, data["payload"].get("call_id"), printable(data["payload"]["message"]))
-        elif kind == "state":
-            self.state(data)
+        if message["type"] == "state":
+            self._show_state(data)
         elif message["type"] == "event":
-            if kind == EventType.AGENT_START:
-                self._action = f"{data['agent_role']} {data['payload'].get('action') or ''}"
-            text = printable(data["payload"]["message"])
-            if kind != EventType.QUESTION:
-                text = text[:300].replace("\n", " ")
-            self.line(f"{kind}: {text}", data["agent_role"] or "streamer")
+            self._take(data)
         else:
-            self.line(f"{kind}: {printable(data.get('message', ''))}")
+            self.line(data.get("message", ""))
+        if self._status and not self._text:  # not wrapped where it is too long
+            print(f"\r\x1b[K\x1b[?7l{self._styled(self._status, '2')}\x1b[?7h", end="", flush=True)
+
+    def line(self, text: str, role: str = "", style: str = "") -> None:
+        self._end_line()
+        text = printable(text)
+        role = printable(role)
+        if role and not text.startswith(role):
+            text = f"{role}: {text}"
+        if self._terminal:
+            width = shutil.get_terminal_size().columns
+            wrapper = textwrap.TextWrapper(width, subsequent_indent="  ")
+            wrapper.break_long_words = wrapper.break_on_hyphens = False  # a path stays whole
+            text = "\n".join(map(wrapper.fill, text.split("\n")))
+        name = role if text.startswith(role) else ""
+        style_of_role = self.ROLE_STYLES[len(self._roles) % len(self.ROLE_STYLES)]
+        style_of_role = self._roles.setdefault(role, style_of_role)
+        print(
+            self._styled(name, style_of_role) + self._styled(text[len(name) :], style), flush=True
+        )
+        self._heading = ""
 
     def ask(self, question: Mapping[str, Any]) -> None:
         """Says what may be typed as the answer."""
         ways = [*(question["choices"] or ()), *(["any text"] if question["free_text"] else [])]
-        self.line(printable(f"answer ({', '.join(ways)}):"))
+        self.line(f"answer ({', '.join(ways)}):")
 
     def end(self, folder: Path) -> None:
+        self._status = ""
         for path, size, _ in list_files(folder):
-            self.line(f"{size:>9,} bytes  {printable(path)}")
+            self.line(f"{size:>9,} bytes  {path}")
         self.line(f"files: {folder}")
 
-    def stream(self, kind: str, call_id: str, text: str) -> None:
-        """A piece of what a model says; its thinking is left out, as nothing would set it apart."""
-        if kind == EventType.TOKEN:
-            self.begin(kind, call_id)
-            print(text, end="", flush=True)
+    def _take(self, event: Mapping[str, Any]) -> None:
+        """Shows an event, or keeps it while another role has the floor."""
+        role = event["agent_role"] or ""
+        kind = event["event_type"]
+        if kind == EventType.AGENT_START:
+            self._at_work[role] = None
+        elif kind in (EventType.AGENT_COMPLETE, EventType.ERROR):
+            self._at_work.pop(role, None)
+        elif kind.startswith("TASK_"):
+            self._at_work.clear()
+        if kind in (EventType.ERROR, EventType.QUESTION):
+            self._floor = role
+        if role:
+            self._kept.setdefault(role, []).append(event)
+        self._go_on()
+        if not role:
+            self._show_event(event)
 
-    def begin(self, kind: str, call_id: str) -> None:
-        """Has another call's text begin on a line of its own."""
-        if self._call != (kind, call_id):
-            self.line("")
-            self._call = (kind, call_id)
+    def _go_on(self) -> None:
+        while True:  # with one role less each time
+            for event in self._kept.pop(self._floor, ()):
+                self._heard = time.monotonic()
+                self._show_event(event)
+            silent = time.monotonic() > self._heard + self.PATIENCE
+            if not self._kept or (self._floor in self._at_work and not silent):
+                return
+            self._floor = next(iter(self._kept))
 
-    def state(self, data: Mapping[str, Any]) -> None:
-        percent = int(100 * data["progress"])
-        if percent != self._progress:
-            self._progress = percent
-            price = price_text(data["cost"]["total_cost"])
-            self.line(f"-- {data['status']} {percent}% {price}")
+    def _show_event(self, event: Mapping[str, Any]) -> None:
+        role = event["agent_role"] or ""
+        kind = event["event_type"]
+        payload = event["payload"]
+        heading = f"{role} {payload.get('action') or ''}".strip()
+        text = payload["message"]
+        if kind in (EventType.TOKEN, EventType.REASONING):
+            self._write(text, kind, role, heading, payload.get("call_id"))
+            return
+        if (
+            (kind == EventType.LOG and payload.get("level") in ("DEBUG", "INFO"))
+            or (kind == EventType.RESULT and not role)  # the task's last event says the same
+            or payload.get("sent_from") == "Human"  # its first one does
+        ):
+            return
+        if kind == EventType.TASK_START and payload.get("mode") == "test":
+            text += " (test mode: a scripted team)"
+        elif kind == EventType.TASK_ERROR and self._terminal and text == self._told:
+            text = "see above"
+        elif kind == EventType.ERROR:
+            self._told = text
+        if kind != EventType.QUESTION:
+            text = text[:1000].replace("\n", " ")
+        style, first_word = self.STYLES.get(kind, ("", ""))
+        self.line(first_word + text, role, style)
+        if kind == EventType.AGENT_START:
+            self._heading = heading
 
-    def line(self, text: str, role: str = "") -> None:
-        if self._call is not None:
-            self._call = None
+    def _write(self, text: str, kind: str, role: str, heading: str, call_id: object) -> None:
+        if kind == EventType.REASONING and not self._terminal:
+            return  # nothing would tell it from the answer
+        if heading != self._heading:
+            self.line(heading, role)
+            self._heading = heading
+        if self._text != (kind, call_id):
+            self._end_line()
+        style, _ = self.STYLES.get(kind, ("", ""))
+        print(self._styled(printable(text), style), end="", flush=True)
+        self._text = () if text.endswith("\n") else (kind, call_id)
+
+    def _end_line(self) -> None:
+        """Ends the text that has an open line, or wipes the status away."""
+        if self._text:
             print()
-        if text:
-            print(f"[{printable(role)}] {text}" if role else text, flush=True)
+        elif self._terminal:
+            print("\r\x1b[K", end="")
+        self._text = ()
+
+    def _show_state(self, data: Mapping[str, Any]) -> None:
+        self._go_on()
+        ended = data["status"] in ENDED
+        notice = data["last_message" if data["status"] == TaskStatus.PENDING else "error_message"]
+        if notice and notice != self._told and not ended:
+            self._told = notice
+            self.line(notice)
+        percent = int(100 * data["progress"])
+        about = [f"{percent}%"]
+        cost = data["cost"]
+        tokens = cost["prompt_tokens"] + cost["completion_tokens"]
+        if tokens:
+            about += [f"{tokens:,} tokens", price_text(cost["total_cost"], cost["max_budget"])]
+        if self._terminal:
+            if "waiting_on" in data:
+                about.insert(1, f"silent for {data['waiting_on']['seconds']:.0f} s")
+            about[1:1] = self._at_work
+            text = printable(", ".join(about))[: shutil.get_terminal_size().columns - 1]
+            self._status = "" if ended or "question" in data else text
+        elif percent != self._percent and not ended and not self._text:
+            self._percent = percent
+            self.line(", ".join(about))
+
+    def _styled(self, text: str, style: str) -> str:
+        if not text or not style or not self._terminal or os.environ.get("NO_COLOR"):
+            return text
+        return f"\x1b[{style}m{text}\x1b[0m"
 
 
 class _Raw(Transcript):
@@ -7903,80 +8146,12 @@ class _Raw(Transcript):
     def show(self, message: Mapping[str, Any]) -> None:
         print(encode(message), flush=True)
 
+    def line(self, text: str, role: str = "", style: str = "") -> None:
+        print(printable(text), file=sys.stderr)
+
     def ask(self, question: Mapping[str, Any]) -> None: ...
 
     def end(self, folder: Path) -> None: ...
-
-
-class Screen(Transcript):
-    """The same on a terminal: what is done scrolls by; below it the line that is being written,
-    and who is at what, how far, at which cost.
-    """
-
-    COLOURS = ("cyan", "magenta", "green", "yellow", "blue")
-
-    def __init__(self) -> None:
-        super().__init__()
-        rich = importlib.import_module("rich.progress")
-        self._group = importlib.import_module("rich.console").Group
-        self._text = importlib.import_module("rich.text").Text
-        description = rich.TextColumn("{task.description}", markup=False)
-        columns = (rich.SpinnerColumn(), description, rich.BarColumn(), rich.TaskProgressColumn())
-        self._display = rich.Progress(*columns, rich.TimeElapsedColumn())
-        self._bar = self._display.add_task("starting", total=1.0)
-        self._rest = ""  # the line that is being written
-        self._style = "dim"
-        self._colours: dict[str, str] = {}
-        live = importlib.import_module("rich.live").Live
-        self._live = live(get_renderable=self._below, refresh_per_second=10)
-
-    def _below(self) -> Any:
-        """Always of one height: rich refreshes it in its own thread while lines are printed."""
-        width = self._display.console.width
-        end = self._rest[-width if self._rest.isascii() else -width // 2 :].replace("\t", " ")
-        open_line = self._text(end, style=self._style, no_wrap=True, overflow="crop")
-        return self._group(open_line, self._display)
-
-    def __enter__(self) -> None:
-        self._live.start()
-
-    def __exit__(self, *failure: object) -> None:
-        self._live.stop()
-
-    def stream(self, kind: str, call_id: str, text: str) -> None:
-        self.begin(kind, call_id)
-        self._style = "dim" if kind == EventType.TOKEN else "dim italic"
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._live.console.print(self._text(line, style=self._style))
-
-    def ask(self, question: Mapping[str, Any]) -> None:
-        self._live.stop()  # it would draw over what is typed
-        super().ask(question)
-
-    def state(self, data: Mapping[str, Any]) -> None:
-        if "question" not in data:
-            self._live.start()
-        doing = self._action if data["current_agent"] else data["status"]
-        if data["status"] == TaskStatus.PENDING and data["last_message"]:
-            doing = data["last_message"]
-        if "waiting_on" in data:
-            doing += " waits for its model"
-        price = price_text(data["cost"]["total_cost"], data["cost"]["max_budget"])
-        about = f"{printable(doing)} {price}"
-        self._display.update(self._bar, completed=data["progress"], description=about)
-
-    def line(self, text: str, role: str = "") -> None:
-        self._call = None
-        if self._rest:
-            rest = self._rest
-            self._rest = ""
-            self._live.console.print(self._text(rest, style=self._style))
-        if text:
-            colour = self.COLOURS[len(self._colours) % len(self.COLOURS)]
-            style = f"bold {self._colours.setdefault(role, colour)}"
-            styled = self._text.assemble((f"{printable(role)} " if role else "", style), text)
-            self._live.console.print(styled)
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -3055,6 +3056,30 @@ async def test_broker_tells_a_client_that_retention_overtook_it() -> None:
 
 
 @pytest.mark.anyio
+async def test_broker_tells_of_a_wait_from_its_first_second_on() -> None:
+    """A state that differs in nothing but an agent that has just asked its model is not sent."""
+    broker = await new_broker()
+    subscription = broker.subscribe()
+    waits = []
+
+    async def client() -> None:
+        async for delivery in subscription:
+            if delivery.state:
+                waits.append(json.loads(delivery.state)["data"].get("waiting_on", {}))
+
+    ask = ("Architect", "WriteDesign")
+    async with anyio.create_task_group() as group:
+        group.start_soon(client)
+        for since in (60, None, -60, None, None):
+            await anyio.wait_all_tasks_blocked()
+            await broker.publish(waiting=since and (*ask, time.time() + since))
+        await anyio.wait_all_tasks_blocked()
+        await end_task(broker)
+    subscription.close()
+    assert [wait.get("agent_role") for wait in waits] == [None, "Architect", None, None]
+
+
+@pytest.mark.anyio
 async def test_broker_state_follows_its_events_and_ends_the_stream() -> None:
     """State comes first, after events that changed it, and terminal last."""
     broker = await new_broker()
@@ -3301,16 +3326,12 @@ def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     assert record.ids == list(range(1, len(record.ids) + 1))
     roles = ["ProductManager", "Architect", "ProjectManager", "Engineer", "QaEngineer"]
     assert [event["agent_role"] for event in record.of("AGENT_START")] == roles
-    assert {event["event_type"] for event in record.events} == WHOLE_RUN
+    assert {event["event_type"] for event in record.events} == WHOLE_RUN | {"REASONING"}
     assert record.events[-1]["event_type"] == "TASK_COMPLETE"
     assert record.messages[-1]["type"] == "state"
     progress = [state["progress"] for state in record.data("state")]
     assert progress == sorted(progress)
     assert (progress[0], progress[-1]) == (0.0, 1.0)
-    assert any(
-        state.get("waiting_on", {}).get("agent_role") == "Architect"
-        for state in record.data("state")
-    )
     assert record.last_state["status"] == "SUCCEEDED"
     assert record.last_state["final_result"]["mode"] == "test"
     assert (
@@ -3321,8 +3342,51 @@ def test_scripted_team_plays_a_whole_run(scripted: Client) -> None:
     files = scripted.get(f"/api/tasks/{task_id}/artifacts")
     assert [file["path"] for file in files] == record.last_state["final_result"]["files"]
     prd = scripted.http.get(f"/api/tasks/{task_id}/artifacts/docs/prd.md")
-    assert "Request: Build a <b>todo</b> app" in prd.text
+    assert "\n> Build a <b>todo</b> app\n" in prd.text
     assert prd.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_scripted_team_is_watched_in_few_messages_while_three_are_at_work(
+    scripted: Client,
+) -> None:
+    """A client that stops after 80 messages has seen it all; the texts are whole."""
+    record = scripted.watch(scripted.create("Build\na todo app"))
+    assert len(record.messages) < 80
+    at_work: set[str] = set()
+    most = 0
+    for event in record.events:
+        if event["event_type"] == "AGENT_START":
+            at_work.add(event["agent_role"])
+        elif event["event_type"] == "AGENT_COMPLETE":
+            at_work.remove(event["agent_role"])
+        most = max(most, len(at_work))
+    assert most == 3
+    said: dict[str, str] = {}
+    for event in record.of("TOKEN"):
+        role = event["agent_role"]
+        said[role] = said.get(role, "") + event["payload"]["message"]
+    assert said == {
+        message["agent_role"]: message["payload"]["content"] for message in record.of("MESSAGE")
+    }
+    assert said["ProductManager"].startswith("# Requirements\n\n> Build\n> a todo app\n")
+    assert said["Engineer"] == streamer.CODE
+
+
+def test_scripted_team_writes_code_that_runs(tmp_path: Path) -> None:
+    """The app does what its document says, and its test passes."""
+    for *_, path, text in streamer.SCRIPT:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    def python(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    python("src/app.py", "add", "read the PRD")
+    python("src/app.py", "add", "write code")
+    assert python("src/app.py", "done", "2") == "1 [ ] read the PRD\n2 [x] write code\n"
+    assert "1 passed" in python("-m", "pytest", "-p", "no:cacheprovider", "tests")
 
 
 def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> None:
@@ -3337,11 +3401,15 @@ def test_scripted_team_adds_to_the_cost_of_earlier_runs(scripted: Client) -> Non
         before = watched(websocket).last_state["cost"]
     assert scripted.post(f"/api/tasks/{task_id}/run?restart=true").status_code == 202
     record = scripted.watch(task_id)
-    team = [part[4].replace("{prompt}", "Build a todo app") for part in streamer.SCRIPT[:3]]
+    team = [part[5].replace("{prompt}", "Build a todo app") for part in streamer.SCRIPT[:3]]
     tokens = before["completion_tokens"] + sum(len(text.split()) for text in team)
     cost = {"prompt_tokens": 0, "completion_tokens": tokens, "total_cost": 0.0}
-    cost |= {"max_budget": 2, "by_role": {}}
-    assert record.last_state["cost"] == record.last_state["final_result"]["cost"] == cost
+    cost["max_budget"] = 2
+    found = record.last_state["cost"]
+    assert found == record.last_state["final_result"]["cost"]
+    by_role = found.pop("by_role")
+    assert (found, list(by_role)) == (cost, [part[0] for part in streamer.SCRIPT[:3]])
+    assert sum(own["completion_tokens"] for own in by_role.values()) == tokens
     assert (
         f"\nstreamer_model_completion_tokens_total {tokens}" in scripted.http.get("/metrics").text
     )
@@ -4243,7 +4311,6 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
     assert any(path.endswith(".mmd") for path in files)
     states = record.data("state")
     assert {0.2, 0.4, 0.5, 0.7, 0.9, 1.0} <= {state["progress"] for state in states}
-    assert any(state.get("waiting_on", {}).get("action") == "WriteDesign" for state in states)
     used = model.usage["whole"]
     cost = record.last_state["cost"]
     assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
@@ -8164,7 +8231,7 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
     assert ODD_TEXT.replace("**", "") in page.inner_text("#content")
     page.keyboard.press("Escape")
     page.click("#files button:has-text('app.py')")
-    page.wait_for_selector("dialog[open] #content:has-text('ENTRIES')")
+    page.wait_for_selector("dialog[open] #content:has-text('TodoList')")
     with page.expect_download() as one:
         page.click("#save")
     assert one.value.suggested_filename == "app.py"
@@ -9060,10 +9127,10 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         assert command.wait() == 0
         text = command.output.decode()
         for part in (
-            "[ProductManager] AGENT_START",
-            "# Requirements",
-            "-- RUNNING 25%",
-            "TASK_COMPLETE",
+            "ProductManager starts WritePRD\n",
+            "# Requirements\n",
+            "25%, ",
+            "done: 4 files, 4 rounds, $0.0000\n",
             "files: ",
         ):
             assert part in text
@@ -9076,9 +9143,9 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         (
             "\nblue\ncontinue\n",
             0,
-            ["not only blanks; it has 0", "ANSWER: blue", "As a person remarked: blue"],
+            ["not only blanks; it has 0", "answered: blue", "# As a person remarked: blue"],
         ),
-        ("stop", 1, ["standard input has ended: nobody can answer", "TASK_CANCELLED: cancelled"]),
+        ("stop", 1, ["standard input has ended: nobody can answer", "\ncancelled by a client\n"]),
     ],
 )
 def test_run_asks_in_the_terminal(tmp_path: Path, typed: str, code: int, parts: list[str]) -> None:
@@ -9138,68 +9205,222 @@ def on_terminal(
     return popen.wait(TIMEOUT), output.decode()
 
 
-def test_run_draws_a_display_on_a_terminal(tmp_path: Path) -> None:
-    """A bar that ends at 100 %, the action, the files and the cost; no escape of the prompt's."""
+def test_run_shows_colours_and_a_last_line_on_a_terminal(tmp_path: Path) -> None:
+    """Roles in colours, how far, who is at work, the files; no escape of the prompt's."""
     code, text = on_terminal(tmp_path, "-c", QUICK, "run", "Build \x1b[31m one", "--test-mode")
     assert code == 0
     for part in (
-        "Engineer WriteCode",
-        "100%",
-        "$0.0000 of $3.00",
-        "src/app.py",
-        "files: ",
-        "\x1b[2m# Requirements",
+        "Build �[31m one (test mode: a scripted team)\r\n",
+        "\x1b[1;35mProductManager\x1b[0m starts WritePRD\r\n",
+        "# Requirements",
+        "\x1b[2m25%, Architect, ",
+        "\x1b[1;32mdone: 4 files, 4 rounds, $0.0000\x1b[0m\r\n",
+        "src/app.py\r\n",
     ):
         assert part in text, part
-    assert "\x1b[31m" not in text.split("ProductManager")[0]
+    assert "\x1b[31m" not in text
+    assert text.endswith(f"{next(tmp_path.glob('workspace/*'))}\r\n")
 
 
-THINKING = """
+OPEN_LINE = """
 import sys, threading, streamer
-from rich.live import Live
-seen, refresh = threading.Event(), Live.refresh
-def watched(live):
-    refresh(live)
-    if screen._rest.endswith("the end"):
-        seen.set()
-Live.refresh = watched
+shown, show = threading.Event(), streamer.Transcript.show
+def watched(transcript, message):
+    show(transcript, message)
+    if "the beginning" in str(message):
+        shown.set()
+streamer.Transcript.show = watched
 def runner(run):
-    run.emit("TOKEN", {"message": "word " * 100 + "the end", "call_id": "c"}, "Architect")
-    run.update(cost={"total_cost": None, "max_budget": 3.0})
-    while not seen.is_set():
+    cost = {"total_cost": None, "prompt_tokens": 1200, "max_budget": 3.0}
+    run.emit("REASONING", {"message": "let me think", "call_id": "c"}, "Architect")
+    run.emit("TOKEN", {"message": "the beginning", "call_id": "c"}, "Architect")
+    while not shown.is_set():
         run.wait(0.01)
-    run.emit("TOKEN", {"message": ", of it", "call_id": "c"}, "Architect")
-screen = streamer.Screen()
-screen.stream("REASONING", "c", "let me think")
-streamer.Screen = lambda: screen
+    run.emit("TOKEN", {"message": ", the end\\n", "call_id": "c"}, "Architect")
+    run.update(cost=cost, progress=0.5)
 streamer.run_scripted = runner
 sys.exit(streamer.main())
 """
 
 
 def test_run_shows_the_line_that_is_being_written(tmp_path: Path) -> None:
-    """An unfinished line is seen, by its end; thinking is italic; a price may be unknown."""
-    code, text = on_terminal(tmp_path, "-c", THINKING, "run", "Build", "--test-mode")
+    """What a model says runs on as it comes; thinking is set apart; a price may be unknown."""
+    code, text = on_terminal(tmp_path, "-c", OPEN_LINE, "run", "Build", "--test-mode")
     assert code == 0
-    open_line = text.split(", of it", 1)[0]
-    whole = text
-    assert "\x1b[2;3mlet me think" in open_line
-    assert "word the end" in open_line
-    assert "the end, of it" in whole
-    assert "price unknown" in whole
+    assert "\x1b[2;3mlet me think\x1b[0m\r\nthe beginning, the end\r\n" in text
+    assert "\x1b[2m50%, 1,200 tokens, price unknown\x1b[0m" in text
 
 
-def test_transcript_leaves_thinking_out(capsys: pytest.CaptureFixture[str]) -> None:
+def shown_event(kind: str, role: str | None, message: str, **payload: Any) -> dict[str, Any]:
+    payload["message"] = message
+    data = {"event_type": kind, "agent_role": role, "payload": payload}
+    return {"type": "event", "data": data}
+
+
+def shown_state(status: str = "RUNNING", **values: Any) -> dict[str, Any]:
+    state = streamer.TaskState(task_id="t", status=TaskStatus(status), **values)
+    return {"type": "state", "data": state.as_dict()}
+
+
+def transcript_of(*messages: dict[str, Any], output: type[io.StringIO] = io.StringIO) -> list[str]:
+    """The lines it prints, without what wipes the last one."""
+    with contextlib.redirect_stdout(output()) as printed:
+        transcript = streamer.Transcript()
+        for message in messages:
+            transcript.show(message)
+    return printed.getvalue().replace("\r\x1b[K", "").splitlines()
+
+
+def test_transcript_leaves_thinking_out() -> None:
     """In plain lines nothing would tell it from what the model answers."""
-    transcript = streamer.Transcript()
-    for kind, text in (("TOKEN", "a"), ("REASONING", "hm"), ("TOKEN", "b\n")):
-        data = {
-            "event_type": kind,
-            "agent_role": "Engineer",
-            "payload": {"message": text, "call_id": "c"},
-        }
-        transcript.show({"type": "event", "data": data})
-    assert capsys.readouterr().out == "ab\n"
+    assert transcript_of(
+        shown_event("TOKEN", "Engineer", "a", call_id="c"),
+        shown_event("REASONING", "Engineer", "hm", call_id="c"),
+        shown_event("TOKEN", "Engineer", "b\n", call_id="c"),
+    ) == ["Engineer", "ab"]
+
+
+OVERLAP = (
+    shown_event("AGENT_START", "Architect", "Architect starts WriteDesign", action="WriteDesign"),
+    shown_event("TOKEN", "Architect", "one, ", action="WriteDesign", call_id="a"),
+    shown_event("AGENT_START", "Engineer", "Engineer starts WriteCode", action="WriteCode"),
+    shown_event("TOKEN", "Engineer", "x = 1\n", action="WriteCode", call_id="b"),
+    shown_event("TOKEN", "Architect", "two", action="WriteDesign", call_id="a"),
+    shown_event("AGENT_COMPLETE", "Architect", "Architect finished WriteDesign"),
+    shown_event("TOKEN", "Engineer", "LGTM\n", action="WriteCodeReview", call_id="c"),
+    shown_event("TASK_COMPLETE", None, "2 files"),
+)
+
+
+def test_transcript_shows_overlapping_roles_one_after_the_other() -> None:
+    """No sentence is torn, and each text stands below whose it is."""
+    assert transcript_of(*OVERLAP) == [
+        "Architect starts WriteDesign",
+        "one, two",
+        "Architect finished WriteDesign",
+        "Engineer starts WriteCode",
+        "x = 1",
+        "Engineer WriteCodeReview",
+        "LGTM",
+        "done: 2 files",
+    ]
+
+
+def test_transcript_does_not_wait_for_a_silent_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never says that it is done holds nobody up."""
+    monkeypatch.setattr(streamer.Transcript, "PATIENCE", -1.0)
+    assert transcript_of(*OVERLAP) == [
+        "Architect starts WriteDesign",
+        "one, ",
+        "Engineer starts WriteCode",
+        "x = 1",
+        "Architect WriteDesign",
+        "two",
+        "Architect finished WriteDesign",
+        "Engineer WriteCodeReview",
+        "LGTM",
+        "done: 2 files",
+    ]
+
+
+def test_transcript_says_in_a_pipe_what_a_person_must_know() -> None:
+    """Loading, progress, warnings, failure, end; not what MetaGPT logs or others have said."""
+    cost = {**streamer.NO_COST, "prompt_tokens": 1000, "total_cost": 0.0125, "max_budget": 3.0}
+    assert transcript_of(
+        {"type": "connected", "data": {"message": "watching 'Build'"}},
+        shown_state("PENDING"),
+        shown_state("PENDING", last_message="loading MetaGPT"),
+        shown_state("PENDING", last_message="loading MetaGPT"),
+        shown_event("TASK_START", None, "Build", mode="metagpt"),
+        shown_event("MESSAGE", None, "Human to <all>: Build", sent_from="Human"),
+        shown_event("LOG", "Engineer", "to do WriteCode", level="INFO"),
+        shown_event("LOG", "Engineer", "asked again", level="WARNING"),
+        shown_state(progress=0.2, cost=cost),
+        shown_state(progress=0.201, cost=cost, error_message="the store is away"),
+        shown_event("ERROR", "Engineer", "Engineer failed: no key"),
+        shown_event("TASK_ERROR", None, "Engineer failed: no key"),
+        shown_state("FAILED", progress=0.3, error_message="Engineer failed: no key"),
+        shown_event("RESULT", None, "2 files"),
+        shown_event("TASK_CANCELLED", None, "cancelled by a client"),
+        {"type": "error", "data": {"message": "task t not found"}},
+    ) == [
+        "watching 'Build'",
+        "loading MetaGPT",
+        "Build",
+        "Engineer: asked again",
+        "20%, 1,000 tokens, $0.0125 of $3.00",
+        "the store is away",
+        "Engineer failed: no key",
+        "failed: Engineer failed: no key",
+        "cancelled by a client",
+        "task t not found",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_transcript_tells_a_failure_once_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In red, where it happened; the end points to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert transcript_of(
+        shown_event("ERROR", "Engineer", "Engineer failed: no key"),
+        shown_event("TASK_ERROR", None, "Engineer failed: no key"),
+        output=Terminal,
+    ) == [
+        "\x1b[1;35mEngineer\x1b[0m\x1b[31m failed: no key\x1b[0m",
+        "\x1b[1;31mfailed: see above\x1b[0m",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "status"),
+    [
+        (
+            40,
+            ["Engineer: asked again, because the", "  server was busy for a minute"],
+            "45%, Engineer, silent for 12 s, 1,000 t",
+        ),
+        (
+            80,
+            ["Engineer: asked again, because the server was busy for a minute"],
+            "45%, Engineer, silent for 12 s, 1,000 tokens, $0.0125 of $3.00",
+        ),
+    ],
+)
+def test_transcript_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, lines: list[str], status: str
+) -> None:
+    """Lines break between words; a path stays whole; the last line is cut. NO_COLOR is heeded."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    path = "/" + "long" * 30
+    cost = {**streamer.NO_COST, "prompt_tokens": 1000, "total_cost": 0.0125, "max_budget": 3.0}
+    assert transcript_of(
+        shown_event("AGENT_START", "Engineer", "Engineer starts"),
+        shown_event("LOG", "Engineer", "asked again, because the server was busy for a minute"),
+        shown_event("LOG", "Engineer", path),
+        shown_state(progress=0.45, cost=cost, waiting=("Engineer", None, time.time() - 12)),
+        output=Terminal,
+    ) == [
+        "Engineer starts",
+        *lines,
+        "Engineer:",
+        f"  {path}",
+        f"\x1b[?7l{status}\x1b[?7h",
+    ]
+
+
+def test_transcript_leaves_room_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No last line is drawn over what a person types."""
+    monkeypatch.setenv("TERM", "xterm")
+    state = shown_state()
+    state["data"]["question"] = {"question_id": "q"}
+    assert transcript_of(state, output=Terminal) == []
 
 
 def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
@@ -9216,7 +9437,7 @@ def test_run_as_json_is_for_other_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("into", "shown", "said"),
     [
-        ("| head -1", "-- PENDING 0% $0.0000\n", ""),
+        ("| head -1", "Build ?? (test mode: a scripted team)\n", ""),
         ("> /dev/full", "", "the output cannot be written: [Errno 28] No space left on device\n"),
         ("> /dev/full 2>&1", "", ""),
         (">&- 2>&- <&-", "", ""),
@@ -9244,7 +9465,9 @@ def test_run_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) ->
         assert command.stop(how) == 130
     assert command.errors == []
     lines = command.output.decode().splitlines()
-    assert lines.count("interrupted: the run is cancelled") == 1
+    answered = lines.index("interrupted: cancelling the run")
+    assert lines[answered + 1 :].count("cancelled by a client") == 1
+    assert lines[-1] == f"files: {next(tmp_path.glob('workspace/*'))}"
 
 
 def test_run_that_fails_says_so(tmp_path: Path) -> None:
@@ -9315,8 +9538,9 @@ def test_run_takes_flags_anywhere_and_the_options_of_a_task(
             ["--workspace", "/dev/null/x"],
             "workspace '/dev/null/x' is a file, or below one, and must be a folder",
         ),
-        (["run", "--test-mode"], "run takes one prompt, in quotes; serve takes none"),
-        (["run", "Build", "an", "app"], "run takes one prompt, in quotes; serve takes none"),
+        (["run", "--test-mode"], "run takes one prompt, not 0: run 'Build a todo app'"),
+        (["run", "Build", "an", "app"], "run takes one prompt, not 3: run 'Build an app'"),
+        (["serve", "it"], "serve takes no 'it'; flags begin with --"),
         (["run", " ", "--test-mode"], "prompt must be 1 to 32000 characters"),
         (
             ["run", "-", "--test-mode"],
@@ -9727,7 +9951,7 @@ def test_readme_team_runs(tmp_path: Path) -> None:
         words = shlex.split(command.removeprefix(".venv/bin/python streamer.py"))
         with process(SERVER, *words, cwd=tmp_path, environ=environ) as done:
             assert done.wait() == 0, done.errors
-    assert re.findall(r"\[(\w+)\] AGENT_START: \w+ starts (\w+)", done.output.decode()) == [
+    assert re.findall(r"(?m)^(\w+) starts (\w+)$", done.output.decode()) == [
         ("Alex", "AlexSay"),
         ("Bob", "BobSay"),
         ("Alex", "AlexSay"),
