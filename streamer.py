@@ -764,6 +764,13 @@ class Task:
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
     result_summary: str | None = None
+    conversation: str | None = None  # of another protocol, whose latest task this may be
+
+    def as_dict(self) -> dict[str, Any]:
+        """As clients see it."""
+        data = asdict(self)
+        del data["conversation"]
+        return data
 
     def to(self, status: TaskStatus, result_summary: str | None = None) -> Task:
         """The task in its next status. Raises IllegalTransition for one outside TRANSITIONS."""
@@ -1124,6 +1131,10 @@ class Store(abc.ABC):
     async def count(self) -> Mapping[TaskStatus, int]: ...
 
     @abc.abstractmethod
+    async def latest(self, conversation: str) -> str | None:
+        """The id of a conversation's newest task."""
+
+    @abc.abstractmethod
     async def forget(self, task_id: str) -> None: ...
 
     @abc.abstractmethod
@@ -1254,6 +1265,11 @@ class MemoryStore(Store):
 
     async def count(self) -> Mapping[TaskStatus, int]:
         return Counter(record.task.status for record in self._records.values())
+
+    async def latest(self, conversation: str) -> str | None:
+        newest_first = (record.task for record in reversed(self._records.values()))
+        found = (task.id for task in newest_first if task.conversation == conversation)
+        return next(found, None)
 
     async def forget(self, task_id: str) -> None:
         async with self._changing:
@@ -1770,6 +1786,7 @@ class RedisStore(Store):
 
     TASK = "streamer:task:"  # a hash: status, task, state, and while it is claimed its owner
     LOG = "streamer:log:"  # a stream: the task's events, by their numbers
+    CONVERSATION = "streamer:conversation:"  # its latest task
     TASKS = "streamer:tasks"  # sorted by creation: all tasks, and with a status behind it those
     CLAIMED = "streamer:claimed"  # a set: the tasks that have an owner
     CANCELS = "streamer:cancels"  # a hash: a request to the owner of a task, or "accepted"
@@ -1924,6 +1941,8 @@ class RedisStore(Store):
             state = _dump(TaskState(task_id=task.id))
             pipe.hset(key, mapping={"status": task.status, "task": text, "state": state})
             pipe.expire(key, self._max_age)
+            if task.conversation is not None:
+                pipe.set(self.CONVERSATION + task.conversation, task.id, ex=self._max_age)
             return forgotten
 
         return await self._link.changed(create, key, self.TASKS, self.CLAIMED)
@@ -1984,6 +2003,11 @@ class RedisStore(Store):
             statuses, lambda pipe, status: pipe.zcard(f"{self.TASKS}:{status}")
         )
         return {status: n for status, n in zip(statuses, counts, strict=True) if n}
+
+    async def latest(self, conversation: str) -> str | None:
+        key = self.CONVERSATION + conversation
+        (task_id,) = await self._link.pipelined(lambda pipe: pipe.get(key))
+        return str(task_id) if task_id else None
 
     async def forget(self, task_id: str) -> None:
         def forget(pipe: Any) -> None:
@@ -6167,7 +6191,12 @@ class Supervisor:
     # What clients ask for. All of it raises TaskNotFound.
 
     async def submit(
-        self, prompt: str, title: str, options: Mapping[str, Any], key: str | None = None
+        self,
+        prompt: str,
+        title: str,
+        options: Mapping[str, Any],
+        key: str | None = None,
+        conversation: str | None = None,
     ) -> tuple[Task, bool]:
         """A PENDING task, and whether it is new: a key that was used gives its task again.
 
@@ -6175,8 +6204,14 @@ class Supervisor:
         """
         self._refuse_if_closing()
         task_id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_OID, key).hex
-        mode = self.engine.mode
-        task = Task(id=task_id, title=title, input_prompt=prompt, mode=mode, options=options)
+        task = Task(
+            id=task_id,
+            title=title,
+            input_prompt=prompt,
+            mode=self.engine.mode,
+            options=options,
+            conversation=conversation,
+        )
         try:
             forgotten = await self.store.create(task)
         except TaskExists:
@@ -6529,7 +6564,9 @@ def _check_token(connection: HTTPConnection, token: str) -> None:
         raise Unauthorized(f"a token is needed: {ways}")
 
 
-async def _json_object(request: Request, settings: Settings) -> dict[str, Any]:
+async def _json_object(
+    request: Request, settings: Settings, most_bytes: int | None = None
+) -> dict[str, Any]:
     """Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout, InvalidRequest."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
@@ -6537,7 +6574,8 @@ async def _json_object(request: Request, settings: Settings) -> dict[str, Any]:
             f"Content-Type must be application/json, not {quoted(media_type)}"
         )
     # JSON may take twelve bytes for a character: two escaped surrogates.
-    body = await _read_body(request, 12 * settings.max_prompt + 65536, settings.send_timeout)
+    most_bytes = most_bytes or 12 * settings.max_prompt + 65536
+    body = await _read_body(request, most_bytes, settings.send_timeout)
     try:
         value = json.loads(body, parse_constant=int)  # which refuses NaN and Infinity
     except (ValueError, RecursionError) as error:
@@ -6616,7 +6654,7 @@ async def create_task(request: Request) -> Response:
         raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
     task, created = await supervisor.submit(prompt, title, options, key)
     location = request.url_for("task", task_id=task.id).path
-    return JSONLine(asdict(task), 201 if created else 200, {"Location": location})
+    return JSONLine(task.as_dict(), 201 if created else 200, {"Location": location})
 
 
 async def list_tasks(request: Request) -> Response:
@@ -6626,7 +6664,7 @@ async def list_tasks(request: Request) -> Response:
     status = _query(params, "status", None, TaskStatus, f"one of {', '.join(TaskStatus)}")
     tasks, total = await _supervisor(request).store.page(status, (page - 1) * size, size)
     answer = {
-        "items": [asdict(task) for task in tasks],
+        "items": [task.as_dict() for task in tasks],
         "total": total,
         "page": page,
         "page_size": size,
@@ -6637,7 +6675,7 @@ async def list_tasks(request: Request) -> Response:
 
 async def get_task(request: Request) -> Response:
     task = await _supervisor(request).get(request.path_params["task_id"])
-    return JSONLine(asdict(task))
+    return JSONLine(task.as_dict())
 
 
 async def delete_task(request: Request) -> Response:
@@ -6653,12 +6691,12 @@ async def get_state(request: Request) -> Response:
 async def run_task(request: Request) -> Response:
     restart = _query(request.query_params, "restart", False, parse_bool, "true or false")
     task = await _supervisor(request).start(request.path_params["task_id"], restart)
-    return JSONLine(asdict(task), 202)
+    return JSONLine(task.as_dict(), 202)
 
 
 async def cancel_task(request: Request) -> Response:
     task = await _supervisor(request).cancel(request.path_params["task_id"])
-    return JSONLine(asdict(task), 202)
+    return JSONLine(task.as_dict(), 202)
 
 
 async def answer_question(request: Request) -> Response:
@@ -6931,10 +6969,19 @@ class EventStream(StreamingResponse):
     """The SSE twin of the socket: the same messages, and events with the id to resume from."""
 
     media_type = "text/event-stream"
+    # no-transform: a proxy that compresses would hold back what is too little to be worth it.
+    HEADERS: ClassVar[Mapping[str, str]] = {
+        "Cache-Control": "no-cache, no-transform",
+        "X-Accel-Buffering": "no",
+    }
 
-    def __init__(self, watching: contextlib.AbstractAsyncContextManager[Subscription]) -> None:
+    def __init__(
+        self,
+        watching: contextlib.AbstractAsyncContextManager[Subscription],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._watching = watching
-        super().__init__((), headers={"X-Accel-Buffering": "no"})
+        super().__init__((), headers={**self.HEADERS, **(headers or {})})
 
     async def stream_response(self, send: Send) -> None:
         async with self._watching as subscription:
@@ -7094,6 +7141,352 @@ ROUTES = [
     Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
     WebSocketRoute("/ws/tasks/{task_id}", SocketStream),
     WebSocketRoute("/{path:path}", SocketStream),
+]
+
+
+# -----------------------------------------------------------------------------
+# Protocols
+# -----------------------------------------------------------------------------
+
+# What front ends speak: each is a translator of a task's log, which an event stream sends. A
+# conversation is a series of tasks, one for each message of its user.
+
+MOST_HISTORY = 1 << 22  # bytes of a body: these clients send the whole conversation each time
+MOST_ID = 255  # characters of an id that a client chose
+
+JSONObject = Mapping[str, Any]
+
+
+class Part(NamedTuple):
+    """What a role's model says in one call, as a client shows it."""
+
+    id: str
+    kind: EventType
+    call_id: str | None
+    role: str | None
+    action: str | None
+
+
+class Translator(abc.ABC):
+    """Tells a task's log in another protocol's messages, each a JSON object.
+
+    Roles speak at once, each in one part at a time. A task that ran several times ends where its
+    last run did.
+    """
+
+    headers: Mapping[str, str] = {}
+    trailer = ""  # what follows the last message
+    spoken = frozenset({EventType.TOKEN})  # what parts are made of
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._parts: dict[str | None, Part] = {}
+        self._last: JSONObject = {}
+
+    def event(self, event: JSONObject) -> Iterator[JSONObject]:
+        self._last = event
+        role = event["agent_role"]
+        kind = EventType(event["event_type"])
+        if kind in self.spoken:
+            yield from self._speak(event, kind)
+            return
+        if kind in (EventType.AGENT_START, EventType.AGENT_COMPLETE, EventType.ERROR):
+            yield from self._close(role)
+        yield from self._tell(kind, role, event)
+
+    def end(self) -> Iterator[JSONObject]:
+        for role in list(self._parts):
+            yield from self._close(role)
+        yield self._ending(self._last.get("event_type"), self._last.get("payload", {}))
+
+    @abc.abstractmethod
+    def start(self) -> Iterator[JSONObject]: ...
+
+    @abc.abstractmethod
+    def state(self, state: JSONObject) -> Iterator[JSONObject]: ...
+
+    @abc.abstractmethod
+    def failed(self, error: StreamerError) -> JSONObject:
+        """The stream ends before its task has."""
+
+    @abc.abstractmethod
+    def _tell(self, kind: EventType, role: str | None, event: JSONObject) -> Iterator[JSONObject]:
+        """Any event but what is spoken."""
+
+    @abc.abstractmethod
+    def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject: ...
+
+    @abc.abstractmethod
+    def _opened(self, part: Part) -> JSONObject: ...
+
+    @abc.abstractmethod
+    def _said(self, part: Part, text: str) -> JSONObject: ...
+
+    @abc.abstractmethod
+    def _closed(self, part: Part) -> JSONObject: ...
+
+    def _speak(self, event: JSONObject, kind: EventType) -> Iterator[JSONObject]:
+        role = event["agent_role"]
+        payload = event["payload"]
+        part = self._parts.get(role)
+        call_id = payload.get("call_id")
+        if part is None or (part.kind, part.call_id) != (kind, call_id):
+            yield from self._close(role)
+            part_id = f"{self.task.id}-{event['event_id']}"
+            part = Part(part_id, kind, call_id, role, payload.get("action"))
+            self._parts[role] = part
+            yield self._opened(part)
+        if payload["message"]:
+            yield self._said(part, payload["message"])
+
+    def _close(self, role: str | None) -> Iterator[JSONObject]:
+        part = self._parts.pop(role, None)
+        if part is not None:
+            yield self._closed(part)
+
+
+class AISDKTranslator(Translator):
+    """The UI message stream of the AI SDK, version 1 (sdk.vercel.ai, `useChat`)."""
+
+    headers: Mapping[str, str] = {"x-vercel-ai-ui-message-stream": "v1"}
+    trailer = "data: [DONE]\n\n"
+    spoken = frozenset({EventType.TOKEN, EventType.REASONING})
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._agents: dict[str | None, str] = {}  # role → id of the part that shows it at work
+
+    def start(self) -> Iterator[JSONObject]:
+        metadata = {"task_id": self.task.id}
+        yield {"type": "start", "messageId": self.task.id, "messageMetadata": metadata}
+
+    def state(self, state: JSONObject) -> Iterator[JSONObject]:
+        yield {"type": "data-state", "data": state, "transient": True}
+
+    def failed(self, error: StreamerError) -> JSONObject:
+        return {"type": "error", "errorText": str(error)}
+
+    def _tell(self, kind: EventType, role: str | None, event: JSONObject) -> Iterator[JSONObject]:
+        data = {"agent_role": role, **event["payload"]}
+        if kind is EventType.AGENT_START:
+            self._agents[role] = str(event["event_id"])
+        if kind is EventType.LOG:
+            yield {"type": "data-log", "data": data, "transient": True}
+        elif kind in AGENT_STATUS and role in self._agents:  # its last word replaces its first
+            data["status"] = AGENT_STATUS[kind]
+            yield {"type": "data-agent", "id": self._agents[role], "data": data}
+        elif kind in (EventType.MESSAGE, EventType.ARTIFACT, EventType.ERROR):
+            yield {"type": f"data-{kind.lower()}", "data": data}
+
+    def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject:
+        if kind == EventType.TASK_ERROR:
+            return {"type": "error", "errorText": payload["message"]}
+        if kind == EventType.TASK_CANCELLED:
+            return {"type": "abort", "reason": payload["message"]}
+        return {"type": "finish", "finishReason": "stop"}
+
+    def _opened(self, part: Part) -> JSONObject:
+        metadata = {"streamer": {"agent_role": part.role, "action": part.action}}
+        return {"type": f"{self._noun(part)}-start", "id": part.id, "providerMetadata": metadata}
+
+    def _said(self, part: Part, text: str) -> JSONObject:
+        return {"type": f"{self._noun(part)}-delta", "id": part.id, "delta": text}
+
+    def _closed(self, part: Part) -> JSONObject:
+        return {"type": f"{self._noun(part)}-end", "id": part.id}
+
+    def _noun(self, part: Part) -> str:
+        return "text" if part.kind is EventType.TOKEN else "reasoning"
+
+
+AGENT_STATUS: Mapping[EventType, str] = {
+    EventType.AGENT_START: "working",
+    EventType.AGENT_COMPLETE: "done",
+    EventType.ERROR: "failed",
+}
+
+
+class AGUITranslator(Translator):
+    """AG-UI (docs.ag-ui.com), by the event types that its clients before 1.0 know too."""
+
+    def __init__(
+        self, task: Task, thread_id: str, run_id: str, history: Sequence[Any] | None
+    ) -> None:
+        super().__init__(task)
+        self._ids = {"threadId": thread_id, "runId": run_id}
+        self._history = history  # to go back to, for a client that holds a part of this run
+        self._steps: dict[str | None, str] = {}  # role → name of its step
+        self._result: JSONObject = {}
+
+    def start(self) -> Iterator[JSONObject]:
+        yield {"type": "RUN_STARTED", **self._ids}
+        if self._history is not None:
+            yield {"type": "MESSAGES_SNAPSHOT", "messages": self._history}
+
+    def state(self, state: JSONObject) -> Iterator[JSONObject]:
+        yield {"type": "STATE_SNAPSHOT", "snapshot": state}
+
+    def failed(self, error: StreamerError) -> JSONObject:
+        return {"type": "RUN_ERROR", "message": str(error), "code": error.code}
+
+    def end(self) -> Iterator[JSONObject]:
+        for role in list(self._steps):
+            yield from self._close(role)
+            yield from self._finish_step(role)
+        yield from super().end()
+
+    def _tell(self, kind: EventType, role: str | None, event: JSONObject) -> Iterator[JSONObject]:
+        payload = event["payload"]
+        if kind in AGENT_STATUS:
+            yield from self._finish_step(role)
+        if kind is EventType.AGENT_START:
+            self._steps[role] = f"{role}: {payload.get('action', 'work')}"
+            yield {"type": "STEP_STARTED", "stepName": self._steps[role]}
+        elif kind is EventType.RESULT:
+            self._result = payload
+        elif kind is not EventType.AGENT_COMPLETE and not kind.startswith("TASK_"):
+            yield {"type": "CUSTOM", "name": kind, "value": {"agent_role": role, **payload}}
+
+    def _finish_step(self, role: str | None) -> Iterator[JSONObject]:
+        if role in self._steps:
+            yield {"type": "STEP_FINISHED", "stepName": self._steps.pop(role)}
+
+    def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject:
+        if kind in (EventType.TASK_ERROR, EventType.TASK_CANCELLED):
+            return {"type": "RUN_ERROR", "message": payload["message"], "code": kind}
+        return {"type": "RUN_FINISHED", **self._ids, "result": self._result}
+
+    def _opened(self, part: Part) -> JSONObject:
+        name = {} if part.role is None else {"name": part.role}
+        return {"type": "TEXT_MESSAGE_START", "messageId": part.id, "role": "assistant", **name}
+
+    def _said(self, part: Part, text: str) -> JSONObject:
+        return {"type": "TEXT_MESSAGE_CONTENT", "messageId": part.id, "delta": text}
+
+    def _closed(self, part: Part) -> JSONObject:
+        return {"type": "TEXT_MESSAGE_END", "messageId": part.id}
+
+
+class TranslatedStream(EventStream):
+    """An event stream in another protocol, with all that the socket's twin has."""
+
+    def __init__(
+        self,
+        watching: contextlib.AbstractAsyncContextManager[Subscription],
+        translator: Translator,
+    ) -> None:
+        super().__init__(watching, translator.headers)
+        self._translator = translator
+
+    async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
+        translator = self._translator
+        yield self._lines(translator.start())
+        try:
+            async for delivery in subscription:
+                for event in delivery.events:
+                    yield self._lines(translator.event(json.loads(event.data)))
+                if delivery.state is not None:
+                    yield self._lines(translator.state(json.loads(delivery.state)["data"]))
+            yield self._lines(translator.end())
+        except StreamerError as error:
+            yield self._lines([translator.failed(error)])
+        yield translator.trailer
+
+    def _lines(self, messages: Iterable[JSONObject]) -> str:
+        return "".join(f"data: {encode(message)}\n\n" for message in messages)
+
+
+def _users_message(body: JSONObject) -> tuple[list[Any], str]:
+    """The messages up to the user's last, and the text of that. Raises InvalidRequest."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        raise InvalidRequest(f"messages must be an array, not {kind_of(messages)}")
+    users = [
+        number
+        for number, message in enumerate(messages)
+        if isinstance(message, dict) and message.get("role") == "user"
+    ]
+    if not users:
+        raise InvalidRequest("messages must hold one whose role is user: its text is the prompt")
+    messages = messages[: users[-1] + 1]
+    content = messages[-1].get("parts") or messages[-1].get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "\n".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str):
+        raise InvalidRequest("the user's last message must have a content or parts with text")
+    return messages, content
+
+
+async def _next_task(
+    supervisor: Supervisor, conversation: str, key: Sequence[str], text: str, options: Any
+) -> tuple[Task, bool]:
+    """The conversation's task for this message of its user, started; and whether it is new."""
+    prompt, title, options = parse_task(
+        {"input_prompt": text, "options": options or {}}, supervisor.settings
+    )
+    task, is_new = await supervisor.submit(
+        prompt, title, options, encode((conversation, *key)), conversation
+    )
+    with contextlib.suppress(TaskEnded):  # then it is a replay
+        task = await supervisor.start(task.id)
+    return task, is_new
+
+
+async def post_chat(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    body = await _json_object(request, supervisor.settings, MOST_HISTORY)
+    conversation = "ai-sdk:" + parse_text(body, "id", MOST_ID)
+    messages, text = _users_message(body)
+    key = [parse_text(messages[-1], "id", MOST_ID), text]
+    if body.get("trigger") == "regenerate-message":
+        current = await _latest(supervisor, conversation)
+        if current is not None and current.status not in ENDED:
+            return TranslatedStream(supervisor.watch(current.id), AISDKTranslator(current))
+        key.append(current.id if current else "")
+    task, _ = await _next_task(supervisor, conversation, key, text, body.get("options"))
+    return TranslatedStream(supervisor.watch(task.id), AISDKTranslator(task))
+
+
+async def _latest(supervisor: Supervisor, conversation: str) -> Task | None:
+    task_id = await supervisor.store.latest(conversation)
+    with contextlib.suppress(TaskNotFound):
+        return await supervisor.get(task_id) if task_id else None
+    return None
+
+
+async def get_chat(request: Request) -> Response:
+    """What runs in a conversation, from its start; 204 where nothing does."""
+    supervisor = _supervisor(request)
+    task = await _latest(supervisor, "ai-sdk:" + request.path_params["conversation"])
+    if task is None or task.status in ENDED:
+        return Response(status_code=204)
+    if request.method == "HEAD":
+        return Response(media_type=EventStream.media_type)
+    return TranslatedStream(supervisor.watch(task.id), AISDKTranslator(task))
+
+
+async def post_ag_ui(request: Request) -> Response:
+    supervisor = _supervisor(request)
+    body = await _json_object(request, supervisor.settings, MOST_HISTORY)
+    thread_id = parse_text(body, "threadId", MOST_ID)
+    run_id = parse_text(body, "runId", MOST_ID)
+    messages, text = _users_message(body)
+    forwarded = body.get("forwardedProps") or {}
+    if not isinstance(forwarded, dict):
+        raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
+    task, is_new = await _next_task(
+        supervisor, f"ag-ui:{thread_id}", [run_id], text, forwarded.get("options")
+    )
+    history = None if is_new else messages
+    translator = AGUITranslator(task, thread_id, run_id, history)
+    return TranslatedStream(supervisor.watch(task.id), translator)
+
+
+PROTOCOL_ROUTES = [
+    Route("/api/chat", post_chat, methods=["POST"]),
+    Route("/api/chat/{conversation}/stream", get_chat),
+    Route("/ag-ui", post_ag_ui, methods=["POST"]),
 ]
 
 
@@ -7280,7 +7673,7 @@ def _create_app(
             yield
 
     app = Starlette(
-        routes=ROUTES,
+        routes=[*ROUTES, *PROTOCOL_ROUTES],
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_fault},
         lifespan=lifespan,
         middleware=_middleware(settings),
