@@ -7478,14 +7478,14 @@ async def post_ag_ui(request: Request) -> Response:
     task, is_new = await _next_task(
         supervisor, f"ag-ui:{thread_id}", [run_id], text, forwarded.get("options")
     )
-    history = None if is_new else messages
+    history = None if is_new else jsonable(messages)  # they may hold what no client can be sent
     translator = AGUITranslator(task, thread_id, run_id, history)
     return TranslatedStream(supervisor.watch(task.id), translator)
 
 
 PROTOCOL_ROUTES = [
     Route("/api/chat", post_chat, methods=["POST"]),
-    Route("/api/chat/{conversation}/stream", get_chat),
+    Route("/api/chat/{conversation:path}/stream", get_chat),
     Route("/ag-ui", post_ag_ui, methods=["POST"]),
 ]
 

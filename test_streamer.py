@@ -50,7 +50,7 @@ import tracemalloc
 import types
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -3633,7 +3633,7 @@ def sdk_error(vendor: str, response: httpx2.Response) -> Exception:
         "base_url": "http://models.test/v1",
     }
     request: dict[str, Any] = {"model": "some-model", "max_tokens": 1}
-    request["messages"] = [{"role": "user", "content": "hello"}]
+    request["messages"] = [{"id": "m", "role": "user", "content": "hello"}]
     transport = httpx2.MockTransport(lambda _: response)
     with httpx2.Client(transport=transport) as http:
         if vendor == "anthropic":
@@ -3921,7 +3921,7 @@ async def ask(settings):
     model = create_llm_instance(LLMConfig(**settings))
     model.aclient.max_retries = 0
     try:
-        await model._achat_completion([{"role": "user", "content": "hello"}])
+        await model._achat_completion([{"id": "m", "role": "user", "content": "hello"}])
     except Exception as error:
         assert streamer.model_fault(error, model.config, []).reason
     await model.aclient.close()
@@ -7243,6 +7243,361 @@ def test_log_tells_of_tasks_and_clients(
         assert f"task id={task_id} status={status} mode=test" in said
     assert f"client task={task_id} after=0 events=6 outcome=served" in said
     assert f"client task={task_id} after=4 events=2 outcome=served" in said
+
+
+# -----------------------------------------------------------------------------
+# Protocols
+# -----------------------------------------------------------------------------
+
+NODE_PACKAGES = {
+    "ai": "7.0.173",
+    "@ai-sdk/react": "4.0.177",
+    "@ag-ui/client": "1.0.0",
+    "ag-ui-client-before-1": "npm:@ag-ui/client@0.0.59",
+}
+# Both clients obey lines of stdin, each a JSON array: a name and what it takes. They answer each
+# with a line: all that a front end would show.
+OBEY = """
+import { createInterface } from 'node:readline';
+async function obey(actions, shown) {
+  for await (const line of createInterface({ input: process.stdin })) {
+    const [name, argument] = JSON.parse(line);
+    await actions[name]?.(argument);
+    console.log(JSON.stringify(shown()));
+  }
+}
+"""
+AI_SDK_CLIENT = """
+import { Chat } from '@ai-sdk/react';
+import { DefaultChatTransport } from 'ai';
+const [url, id] = process.argv.slice(2);
+const told = [];
+const transport = new DefaultChatTransport({ api: url + '/api/chat' });
+const chat = new Chat({ id, transport, onData: part => told.push(part.type), onError() {} });
+obey({
+  send: text => chat.sendMessage({ text }),
+  begin: text => void chat.sendMessage({ text }),
+  again: text => chat.sendMessage({ text, messageId: chat.messages.at(-2).id }),
+  regenerate: () => chat.regenerate(),
+  stop: () => chat.stop(),
+  resume: () => chat.resumeStream(),
+  'begin resume': () => void chat.resumeStream(),
+}, () => ({ status: chat.status, messages: chat.messages, told, error: chat.error?.message }));
+"""
+AG_UI_CLIENT = """
+const [url, threadId, name] = process.argv.slice(2);
+const { HttpAgent } = await import(name);
+const agent = new HttpAgent({ url: url + '/ag-ui', threadId });
+let error, result, types = [];
+console.error = () => {};
+const watching = { onEvent: ({ event }) => void types.push(event.type) };
+async function run(runId) {
+  types = [];
+  error = result = undefined;
+  try {
+    result = (await agent.runAgent({ runId }, watching)).result;
+  } catch (caught) {
+    error = caught.message;
+  }
+}
+function say([runId, content]) {
+  agent.addMessage({ id: 'message ' + runId, role: 'user', content });
+  return run(runId);
+}
+obey({
+  send: say,
+  begin: told => void say(told),
+  again: run,
+  stop: () => agent.abortRun(),
+}, () => ({ messages: agent.messages, state: agent.state, types, error, result }));
+"""
+
+
+def node_packages(folder: Path) -> None:
+    """Has scripts in `folder` import NODE_PACKAGES, from where NODE_MODULES says they are."""
+    needs("node")
+    modules = Path(os.environ.get("NODE_MODULES", HERE / ".ci" / "npm" / "node_modules"))
+    if not (modules / "ai").is_dir():
+        wanted = " ".join(f"{name}@{version}" for name, version in NODE_PACKAGES.items())
+        skip_without(f"npm install --prefix .ci/npm {wanted}")
+    (folder / "node_modules").symlink_to(modules)
+
+
+class FrontEnd:
+    """An official client of a protocol in Node, which does what it is told."""
+
+    def __init__(self, popen: subprocess.Popen[str]) -> None:
+        self._popen = popen
+
+    def __call__(self, action: str, argument: Any = None) -> dict[str, Any]:
+        """What it shows when the action is done."""
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._popen.stdin.write(json.dumps([action, argument]) + "\n")
+        self._popen.stdin.flush()
+        line = self._popen.stdout.readline()
+        assert line, "the client has ended"
+        shown: dict[str, Any] = json.loads(line)
+        return shown
+
+    def until(self, wanted: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """What it shows once that fits."""
+        return wait_until(lambda: shown if wanted(shown := self("look")) else {})
+
+
+@contextlib.contextmanager
+def front_end(folder: Path, script: str, *arguments: str) -> Iterator[FrontEnd]:
+    folder.mkdir(exist_ok=True)
+    node_packages(folder)
+    (folder / "client.mjs").write_text(OBEY + script)
+    pipe = subprocess.PIPE
+    command = ["node", "client.mjs", *arguments]
+    with subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True) as popen:
+        try:
+            yield FrontEnd(popen)
+        finally:
+            popen.kill()
+
+
+def spoken_of(texts: Iterable[tuple[str | None, str]]) -> dict[str | None, str]:
+    """All that each role said."""
+    spoken: dict[str | None, str] = defaultdict(str)
+    for role, text in texts:
+        spoken[role] += text
+    return dict(spoken)
+
+
+def spoken_in_log(client: Client, task_id: str, kind: str = "TOKEN") -> dict[str | None, str]:
+    events = [event for event in whole_log(client, task_id) if event["event_type"] == kind]
+    return spoken_of((event["agent_role"], event["payload"]["message"]) for event in events)
+
+
+def spoken_in_chat(message: dict[str, Any], kind: str = "text") -> dict[str | None, str]:
+    parts = [part for part in message["parts"] if part["type"] == kind]
+    return spoken_of(
+        (part["providerMetadata"]["streamer"]["agent_role"], part["text"]) for part in parts
+    )
+
+
+def spoken_in_ag_ui(messages: list[dict[str, Any]]) -> dict[str | None, str]:
+    agents = [message for message in messages if message["role"] == "assistant"]
+    return spoken_of((message.get("name"), message["content"]) for message in agents)
+
+
+class TwoAtOnce:
+    """Two roles that speak at once, one of them thinks; it waits half-way, and ends as told."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        for role in ("Alex", "Bob"):
+            run.emit("AGENT_START", {"message": f"{role} starts", "action": "Speak"}, role)
+        run.emit("REASONING", {"message": "hm", "action": "Speak", "call_id": "1"}, "Alex")
+        for number in range(10):
+            if number == 5:
+                while not self.go.is_set():
+                    run.wait(0.01)
+            for role, call_id in (("Alex", "1"), ("Bob", "2"), ("Bob", "3"), (None, "4")):
+                payload = {"message": f"{number} {ODD_TEXT}\n", "action": "Speak"}
+                run.emit("TOKEN", {**payload, "call_id": call_id}, role)
+        run.emit("ERROR", {"message": "Bob stumbled"}, "Bob")
+        if "fail" in run.prompt:
+            raise RuntimeError("nothing to build")
+        run.emit("AGENT_COMPLETE", {"message": "Alex is done", "action": "Speak"}, "Alex")
+        return {"answer": 42}
+
+
+def test_ai_sdk_shows_a_run(tmp_path: Path) -> None:
+    """Two roles at once, one answer: each role's text and thinking is the log's."""
+    team = TwoAtOnce()
+    team.go.set()
+    with (
+        live(team, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        shown = chat("send", "two")
+        assert (shown["status"], shown.get("error")) == ("ready", None)
+        answer = shown["messages"][1]
+        task_id = answer["metadata"]["task_id"]
+        assert spoken_in_chat(answer) == spoken_in_log(client, task_id)
+        assert spoken_in_chat(answer, "reasoning") == {"Alex": "hm"}
+        agents = [part["data"] for part in answer["parts"] if part["type"] == "data-agent"]
+        assert [(agent["agent_role"], agent["status"]) for agent in agents] == [
+            ("Alex", "done"),
+            ("Bob", "failed"),
+        ]
+        assert {part.get("state", "done") for part in answer["parts"]} == {"done"}
+        assert "data-state" in shown["told"]
+        task = client.get(f"/api/tasks/{task_id}")
+        assert (task["input_prompt"], task["status"]) == ("two", "SUCCEEDED")
+        assert "conversation" not in task
+
+
+def test_ai_sdk_is_told_of_failure_and_cancel(tmp_path: Path) -> None:
+    """A run that fails is the client's error; one that is cancelled ends, and another may follow;
+    asked again, a failed message gets a run of its own."""
+    team = TwoAtOnce()
+    with (
+        live(team, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        chat("begin", "one that is cancelled")
+        task_id = chat.until(lambda shown: len(shown["messages"]) == 2)["messages"][1]["id"]
+        assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+        chat.until(lambda shown: shown["status"] == "ready")
+        team.go.set()
+        shown = chat("send", "fail")
+        assert (shown["status"], shown["error"]) == ("error", "RuntimeError: nothing to build")
+        first = client.get("/api/tasks")["total"]
+        shown = chat("regenerate")
+        assert (shown["status"], client.get("/api/tasks")["total"]) == ("error", first + 1)
+
+
+def test_ai_sdk_resumes(tmp_path: Path) -> None:
+    """A connection that was cut goes on with all of the answer, once."""
+    team = TwoAtOnce()
+    with (
+        live(team, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "a b/c?") as chat,
+    ):
+        chat("begin", "two")
+        chat.until(lambda shown: "4 <script>" in json.dumps(shown["messages"]))
+        chat("stop")
+        chat("begin resume")
+        chat.until(lambda shown: shown["status"] == "streaming")
+        team.go.set()
+        shown = chat.until(lambda shown: shown["status"] == "ready")
+        task_id = shown["messages"][1]["metadata"]["task_id"]
+        assert len(shown["messages"]) == 2
+        assert spoken_in_chat(shown["messages"][1]) == spoken_in_log(client, task_id)
+
+
+def test_ai_sdk_conversation_outlives_the_server(tmp_path: Path) -> None:
+    """With SQLite the next message finds its conversation; what ran is an error to who resumes."""
+    command = ["-c", QUICK, "--test-mode", "--db", "tasks.db", "--port"]
+    with process(*command, "0", cwd=tmp_path) as server:
+        port = str(server.client.address[1])
+        url = server.client.url
+        with front_end(tmp_path / "node", AI_SDK_CLIENT, url, "c") as chat:
+            assert chat("send", "first")["status"] == "ready"
+            server.stop()
+            with process(*command, port, cwd=tmp_path) as second:
+                assert second.client.get("/api/tasks")["total"] == 1
+                assert chat("resume")["status"] == "ready"  # nothing runs
+                shown = chat("again", "first")  # as a client does whose answer was lost
+                assert (shown["status"], second.client.get("/api/tasks")["total"]) == ("ready", 1)
+                shown = chat("send", "second")
+                assert (shown["status"], len(shown["messages"])) == ("ready", 4)
+                assert second.client.get("/api/tasks")["total"] == 2
+
+
+BAD_CHATS: list[tuple[Any, str]] = [
+    ({}, "messages must be an array, not null"),
+    ({"messages": []}, "messages must hold one whose role is user: its text is the prompt"),
+    ({"messages": [1, {"role": "assistant"}]}, "messages must hold one whose role is user"),
+    ({"messages": [{"id": "m", "role": "user"}]}, "must have a content or parts with text"),
+    (
+        {"messages": [{"id": "m", "role": "user", "content": 1}]},
+        "must have a content or parts with text",
+    ),
+    (
+        {"messages": [{"id": "m", "role": "user", "content": [{"type": "image"}, 1]}]},
+        "1 to 32000 characters",
+    ),
+    ({"messages": [{"id": "m", "role": "user", "content": "\ud800"}]}, "unpaired surrogate"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason"), BAD_CHATS)
+@pytest.mark.parametrize("path", ["/api/chat", "/ag-ui"])
+def test_protocols_refuse_bad_bodies(
+    tmp_path: Path, path: str, body: dict[str, Any], reason: str
+) -> None:
+    """What is no conversation is a 400 that says what is wrong, and creates nothing."""
+    ids = {"id": "c", "threadId": "t", "runId": "r"}
+    with live(Gate(), tmp_path) as client:
+        headers = {"content-type": "application/json"}
+        response = client.http.post(path, content=json.dumps({**ids, **body}), headers=headers)
+        assert (response.status_code, reason in response.json()["error"]["message"]) == (400, True)
+        for name in ("id",) if path == "/api/chat" else ("threadId", "runId"):
+            messages = [{"id": "m", "role": "user", "content": "p"}]
+            response = client.http.post(path, json={**ids, "messages": messages, name: " "})
+            assert response.json()["error"]["message"].startswith(f"{name} must be 1 to 255")
+        assert client.get("/api/tasks")["total"] == 0
+
+
+def test_ai_sdk_shows_what_was_refused(tmp_path: Path) -> None:
+    """The client's own error holds the reason."""
+    with (
+        live(Gate(), tmp_path, max_prompt=10) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        shown = chat("send", "longer than that")
+        assert shown["status"] == "error"
+        assert "1 to 10 characters" in shown["error"]
+
+
+@pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
+def test_ag_ui_shows_a_run(tmp_path: Path, package: str) -> None:
+    """Two roles at once, a cut connection, a failure, a refusal: role by role the log's text."""
+    team = TwoAtOnce()
+    with (
+        live(team, tmp_path, max_prompt=10) as client,
+        front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
+    ):
+        agent("begin", ["r1", "two"])
+        agent.until(lambda shown: "4 <script>" in json.dumps(shown["messages"]))
+        agent("stop")
+        team.go.set()
+        shown = agent("again", "r1")
+        assert (shown.get("error"), shown["result"]["answer"]) == (None, 42)
+        task_id = client.get("/api/tasks")["items"][0]["id"]
+        assert spoken_in_ag_ui(shown["messages"]) == spoken_in_log(client, task_id)
+        assert shown["types"][:2] == ["RUN_STARTED", "MESSAGES_SNAPSHOT"]
+        assert (shown["state"]["task_id"], shown["state"]["status"]) == (task_id, "SUCCEEDED")
+        shown = agent("send", ["r2", "fail"])
+        assert shown["types"][-1] == "RUN_ERROR"
+        assert client.get("/api/tasks")["total"] == 2
+        assert spoken_in_ag_ui(shown["messages"])["Alex"].count("9 <script>") == 2
+        assert "1 to 10 characters" in agent("send", ["r3", "much too long"])["error"]
+        assert client.get("/api/tasks")["total"] == 2
+
+
+@pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
+def test_ag_ui_is_told_of_a_cancel(tmp_path: Path, package: str) -> None:
+    with (
+        live(TwoAtOnce(), tmp_path) as client,
+        front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
+    ):
+        agent("begin", ["r1", "two"])
+        state = agent.until(lambda shown: shown["state"].get("status") == "RUNNING")["state"]
+        assert client.post(f"/api/tasks/{state['task_id']}/cancel").status_code == 202
+        shown = agent.until(lambda shown: "RUN_ERROR" in shown["types"])
+        assert "cancelled by a client" in json.dumps(shown)
+
+
+def test_conversation_is_known_to_every_replica(tmp_path: Path, redis_server: RedisServer) -> None:
+    """With Redis either replica goes on with a conversation, and gives a message's task again."""
+    message = {"id": "m1", "role": "user", "parts": [{"type": "text", "text": "first"}]}
+    body = {"id": "c", "messages": [message]}
+    team = TwoAtOnce()
+    redis_server("FLUSHALL")
+    url = redis_server.url
+    with (
+        live(team, tmp_path, redis_url=url) as one,
+        live(team, tmp_path, redis_url=url) as two,
+    ):
+        with one.http.stream("POST", "/api/chat", json=body) as stream:
+            start = next(stream.iter_lines())
+        task_id = json.loads(start.removeprefix("data: "))["messageId"]
+        with two.http.stream("GET", "/api/chat/c/stream") as stream:
+            assert next(stream.iter_lines()) == start
+        team.go.set()
+        assert two.http.post("/api/chat", json=body).text.startswith(start)
+        assert [task["id"] for task in two.get("/api/tasks")["items"]] == [task_id]
+        assert two.http.get("/api/chat/c/stream").status_code == 204
+        assert two.http.get("/api/chat/other/stream").status_code == 204
 
 
 # -----------------------------------------------------------------------------
