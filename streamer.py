@@ -7596,6 +7596,9 @@ def _middleware(settings: Settings) -> list[Middleware]:
         allow_origins=settings.allowed_origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
+        allow_credentials=True,  # fetch with credentials: "include"; none of ours is a cookie
+        allow_private_network=True,  # a page of the internet that is allowed asks this machine
+        expose_headers=["Location", "Retry-After"],
     )
     return [cors, guard]
 

@@ -7492,6 +7492,55 @@ def test_ai_sdk_conversation_outlives_the_server(tmp_path: Path) -> None:
                 assert second.client.get("/api/tasks")["total"] == 2
 
 
+REACT_APP = """
+import { createRoot } from 'react-dom/client';
+import { createElement as h, useState } from 'react';
+import { useChat } from '@ai-sdk/react';
+import { DefaultChatTransport } from 'ai';
+const api = new URLSearchParams(location.search).get('api');
+const transport = new DefaultChatTransport({ api, credentials: 'include' });
+function App() {
+  const { messages, sendMessage, status, error } = useChat({ id: 'c', resume: true, transport });
+  const [text, setText] = useState('');
+  const shown = ({ parts }) => parts.filter(part => part.type === 'text').map(part => part.text);
+  return h('form', { onSubmit: event => { event.preventDefault(); sendMessage({ text }); } },
+    h('input', { value: text, onChange: event => setText(event.target.value) }),
+    h('output', { id: 'status' }, status, error?.message),
+    messages.map(each => h('pre', { key: each.id, className: each.role }, shown(each))));
+}
+createRoot(document.body).render(h(App));
+"""
+
+
+def test_react_app_of_another_origin_uses_chat(tmp_path: Path, chromium: Any) -> None:
+    """`useChat` in a browser, from an origin that is allowed: a run, a reload in its middle."""
+    node_packages(tmp_path)
+    (tmp_path / "app.mjs").write_text(REACT_APP)
+    build = ["--bundle", "app.mjs", "--outfile=app.js", "--define:process.env.NODE_ENV='\"x\"'"]
+    esbuild = str(tmp_path / "node_modules" / ".bin" / "esbuild")
+    subprocess.run([esbuild, *build, "--log-level=error"], cwd=tmp_path, check=True)
+    code = (tmp_path / "app.js").read_text()
+
+    async def page(request: Request) -> Response:
+        script = code.replace("</script", "<\\/script")
+        return Response(f"<body></body><script>{script}</script>", media_type="text/html")
+
+    site = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", page)]), log_level="error"))
+    team = TwoAtOnce()
+    with serving(site, loopback()) as origin, live(team, tmp_path, allowed_origins=(origin,)) as to:
+        chromium.goto(f"{origin}/?api={to.url}/api/chat")
+        chromium.fill("input", "two")
+        chromium.press("input", "Enter")
+        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
+        chromium.reload()
+        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
+        team.go.set()
+        chromium.wait_for_selector("#status:has-text('ready')")
+        shown = str(chromium.text_content("pre.assistant"))
+        assert [shown.count(f"{number} {ODD_TEXT}") for number in range(10)] == 10 * [4]
+        assert to.get("/api/tasks")["total"] == 1
+
+
 BAD_CHATS: list[tuple[Any, str]] = [
     ({}, "messages must be an array, not null"),
     ({"messages": []}, "messages must hold one whose role is user: its text is the prompt"),
