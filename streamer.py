@@ -7155,6 +7155,11 @@ MOST_HISTORY = 1 << 22  # bytes of a body: these clients send the whole conversa
 MOST_ID = 255  # characters of an id that a client chose
 
 JSONObject = Mapping[str, Any]
+AGENT_STATUS: Mapping[EventType, str] = {
+    EventType.AGENT_START: "working",
+    EventType.AGENT_COMPLETE: "done",
+    EventType.ERROR: "failed",
+}
 
 
 class Part(NamedTuple):
@@ -7217,13 +7222,8 @@ class Translator(abc.ABC):
     def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject: ...
 
     @abc.abstractmethod
-    def _opened(self, part: Part) -> JSONObject: ...
-
-    @abc.abstractmethod
-    def _said(self, part: Part, text: str) -> JSONObject: ...
-
-    @abc.abstractmethod
-    def _closed(self, part: Part) -> JSONObject: ...
+    def _part(self, part: Part, stage: str, text: str = "") -> JSONObject:
+        """One that is opened, says `text`, or is closed: the stages start, delta and end."""
 
     def _speak(self, event: JSONObject, kind: EventType) -> Iterator[JSONObject]:
         role = event["agent_role"]
@@ -7235,14 +7235,14 @@ class Translator(abc.ABC):
             part_id = f"{self.task.id}-{event['event_id']}"
             part = Part(part_id, kind, call_id, role, payload.get("action"))
             self._parts[role] = part
-            yield self._opened(part)
+            yield self._part(part, "start")
         if payload["message"]:
-            yield self._said(part, payload["message"])
+            yield self._part(part, "delta", payload["message"])
 
     def _close(self, role: str | None) -> Iterator[JSONObject]:
         part = self._parts.pop(role, None)
         if part is not None:
-            yield self._closed(part)
+            yield self._part(part, "end")
 
 
 class AISDKTranslator(Translator):
@@ -7285,25 +7285,15 @@ class AISDKTranslator(Translator):
             return {"type": "abort", "reason": payload["message"]}
         return {"type": "finish", "finishReason": "stop"}
 
-    def _opened(self, part: Part) -> JSONObject:
-        metadata = {"streamer": {"agent_role": part.role, "action": part.action}}
-        return {"type": f"{self._noun(part)}-start", "id": part.id, "providerMetadata": metadata}
-
-    def _said(self, part: Part, text: str) -> JSONObject:
-        return {"type": f"{self._noun(part)}-delta", "id": part.id, "delta": text}
-
-    def _closed(self, part: Part) -> JSONObject:
-        return {"type": f"{self._noun(part)}-end", "id": part.id}
-
-    def _noun(self, part: Part) -> str:
-        return "text" if part.kind is EventType.TOKEN else "reasoning"
-
-
-AGENT_STATUS: Mapping[EventType, str] = {
-    EventType.AGENT_START: "working",
-    EventType.AGENT_COMPLETE: "done",
-    EventType.ERROR: "failed",
-}
+    def _part(self, part: Part, stage: str, text: str = "") -> JSONObject:
+        noun = "text" if part.kind is EventType.TOKEN else "reasoning"
+        more: JSONObject = {}
+        if stage == "start":
+            speaker = {"agent_role": part.role, "action": part.action}
+            more = {"providerMetadata": {"streamer": speaker}}
+        elif stage == "delta":
+            more = {"delta": text}
+        return {"type": f"{noun}-{stage}", "id": part.id, **more}
 
 
 class AGUITranslator(Translator):
@@ -7356,14 +7346,12 @@ class AGUITranslator(Translator):
             return {"type": "RUN_ERROR", "message": payload["message"], "code": kind}
         return {"type": "RUN_FINISHED", **self._ids, "result": self._result}
 
-    def _opened(self, part: Part) -> JSONObject:
-        name = {} if part.role is None else {"name": part.role}
-        return {"type": "TEXT_MESSAGE_START", "messageId": part.id, "role": "assistant", **name}
-
-    def _said(self, part: Part, text: str) -> JSONObject:
-        return {"type": "TEXT_MESSAGE_CONTENT", "messageId": part.id, "delta": text}
-
-    def _closed(self, part: Part) -> JSONObject:
+    def _part(self, part: Part, stage: str, text: str = "") -> JSONObject:
+        if stage == "start":
+            name = {} if part.role is None else {"name": part.role}
+            return {"type": "TEXT_MESSAGE_START", "messageId": part.id, "role": "assistant", **name}
+        if stage == "delta":
+            return {"type": "TEXT_MESSAGE_CONTENT", "messageId": part.id, "delta": text}
         return {"type": "TEXT_MESSAGE_END", "messageId": part.id}
 
 

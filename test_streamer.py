@@ -7398,9 +7398,9 @@ class TwoAtOnce:
             if number == 5:
                 while not self.go.is_set():
                     run.wait(0.01)
-            for role, call_id in (("Alex", "1"), ("Bob", "2"), ("Bob", "3"), (None, "4")):
+            for speaker, call_id in (("Alex", "1"), ("Bob", "2"), ("Bob", "3"), (None, "4")):
                 payload = {"message": f"{number} {ODD_TEXT}\n", "action": "Speak"}
-                run.emit("TOKEN", {**payload, "call_id": call_id}, role)
+                run.emit("TOKEN", {**payload, "call_id": call_id}, speaker)
         run.emit("ERROR", {"message": "Bob stumbled"}, "Bob")
         if "fail" in run.prompt:
             raise RuntimeError("nothing to build")
