@@ -7507,7 +7507,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     answer = {"error": {"code": code, "message": message}}
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of the first route of several
-        found = [each for each in ROUTES if each.matches(request.scope)[0] is not Match.NONE]
+        found = [each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE]
         allowed = {name for each in found if isinstance(each, Route) for name in each.methods or ()}
         headers["Allow"] = ", ".join(sorted(allowed))
     return JSONLine(answer, error.status_code, headers)
@@ -7546,7 +7546,9 @@ class Guard:
         async def send_in_time(message: Message) -> None:
             """The one way to a client, over HTTP, SSE and WebSocket. Raises SlowClient."""
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(SAFE_HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
             with anyio.move_on_after(seconds) as deadline:
                 await send(message)
             if deadline.cancelled_caught:
