@@ -829,21 +829,26 @@ class TaskState(NamedTuple):
     cost: Mapping[str, Any] = NO_COST  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
     question: Mapping[str, Any] | None = None  # that a person is asked
+    answered: Mapping[str, Any] = {}  # the last one that was: its event_id, the answer's message_id
 
     def after(
         self, drafts: Sequence[Draft], changes: Mapping[str, Any], last_event_id: int
     ) -> TaskState:
         """The state that these events lead to, and these changes beside them."""
         values: dict[str, Any] = {"last_event_id": last_event_id}
-        for draft in drafts:
+        question = self.question
+        for event_id, draft in enumerate(drafts, start=last_event_id - len(drafts) + 1):
             if draft.type is EventType.AGENT_START:
                 values["current_agent"] = draft.agent_role
             elif draft.type is EventType.QUESTION:
                 asked = json.loads(draft.payload)
                 asked["message"] = asked["message"][:4000]  # a state is sent often
-                values["question"] = {**asked, "agent_role": draft.agent_role}
-            elif draft.type is EventType.ANSWER:
+                question = {**asked, "agent_role": draft.agent_role, "event_id": event_id}
+                values["question"] = question
+            elif draft.type is EventType.ANSWER and question is not None:
+                message_id = json.loads(draft.payload).get("message_id")
                 values["question"] = None
+                values["answered"] = {"event_id": question["event_id"], "message_id": message_id}
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
         values |= changes
@@ -863,7 +868,7 @@ class TaskState(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         data = self._asdict()
-        del data["waiting"]
+        del data["waiting"], data["answered"]
         if self.question is None:
             del data["question"]
         if self.waiting_on is not None:
@@ -1040,6 +1045,7 @@ class AnswerGiven(NamedTuple):
 
     question_id: str
     text: str
+    message_id: str | None = None  # as a client of another protocol calls it
 
 
 ClaimMessage = ClaimLost | CancelAsked | AnswerGiven
@@ -2868,7 +2874,7 @@ class Run:
         self.progress = 0.0  # as it was reported last
         self._asking = threading.Condition()
         self._question_id = ""  # of the question that is open
-        self._answer: str | None = None
+        self._answer: AnswerGiven | None = None
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -2967,10 +2973,11 @@ class Run:
             self.check_cancelled()
             seconds = f"{self.answer_timeout:g} s, the setting answer_timeout"
             raise RunFailed(f"nobody answered within {seconds}: {quoted(str(question))}")
-        self.outbox.put(
-            self.draft(EventType.ANSWER, {"message": answer, "question_id": question_id})
-        )
-        return answer
+        told = {"message": answer.text, "question_id": question_id}
+        if answer.message_id is not None:
+            told["message_id"] = answer.message_id
+        self.outbox.put(self.draft(EventType.ANSWER, told))
+        return answer.text
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -3027,7 +3034,7 @@ class Run:
         with self._asking:
             if answer.question_id != self._question_id or self._answer is not None:
                 return False
-            self._answer = answer.text
+            self._answer = answer
             self._asking.notify_all()
             return True
 
@@ -6067,6 +6074,11 @@ def _summary(result: Mapping[str, Any]) -> str:
 # -----------------------------------------------------------------------------
 
 
+def task_id_of(key: str) -> str:
+    """Of a request that may come again."""
+    return uuid.uuid5(uuid.NAMESPACE_OID, key).hex
+
+
 class Supervisor:
     """The registry of tasks: creates, starts, stops and forgets them, and knows who watches."""
 
@@ -6203,7 +6215,7 @@ class Supervisor:
         Raises IdempotencyConflict where the key came with another request, TooManyTasks.
         """
         self._refuse_if_closing()
-        task_id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_OID, key).hex
+        task_id = uuid.uuid4().hex if key is None else task_id_of(key)
         task = Task(
             id=task_id,
             title=title,
@@ -6309,14 +6321,16 @@ class Supervisor:
             raise execution.error
         return broker.task
 
-    async def answer(self, task_id: str, question_id: str, text: str) -> None:
+    async def answer(
+        self, task_id: str, question_id: str, text: str, message_id: str | None = None
+    ) -> None:
         """Answers the question that a task asks now, wherever it runs.
 
         Raises QuestionClosed, and InvalidRequest where its choices are others.
         """
         question = (await self.state(task_id)).question
         if question is not None and question["question_id"] == question_id:
-            answer = AnswerGiven(question_id, chosen(question, text))
+            answer = AnswerGiven(question_id, chosen(question, text), message_id)
             execution = self._active.get(task_id)
             if execution is not None:
                 taken = execution.run.answer(answer)
@@ -7188,6 +7202,10 @@ class Translator(abc.ABC):
         self._parts: dict[str | None, Part] = {}
         self._last: JSONObject = {}
 
+    @property
+    def last_event_id(self) -> int | None:
+        return self._last.get("event_id")
+
     def event(self, event: JSONObject) -> Iterator[JSONObject]:
         self._last = event
         role = event["agent_role"]
@@ -7252,13 +7270,14 @@ class AISDKTranslator(Translator):
     trailer = "data: [DONE]\n\n"
     spoken = frozenset({EventType.TOKEN, EventType.REASONING})
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, message_id: str) -> None:
         super().__init__(task)
+        self._message_id = message_id
         self._agents: dict[str | None, str] = {}  # role → id of the part that shows it at work
 
     def start(self) -> Iterator[JSONObject]:
         metadata = {"task_id": self.task.id}
-        yield {"type": "start", "messageId": self.task.id, "messageMetadata": metadata}
+        yield {"type": "start", "messageId": self._message_id, "messageMetadata": metadata}
 
     def state(self, state: JSONObject) -> Iterator[JSONObject]:
         yield {"type": "data-state", "data": state, "transient": True}
@@ -7275,7 +7294,7 @@ class AISDKTranslator(Translator):
         elif kind in AGENT_STATUS and role in self._agents:  # its last word replaces its first
             data["status"] = AGENT_STATUS[kind]
             yield {"type": "data-agent", "id": self._agents[role], "data": data}
-        elif kind in (EventType.MESSAGE, EventType.ARTIFACT, EventType.ERROR):
+        elif kind not in (EventType.ANSWER, EventType.RESULT) and not kind.startswith("TASK_"):
             yield {"type": f"data-{kind.lower()}", "data": data}
 
     def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject:
@@ -7355,15 +7374,26 @@ class AGUITranslator(Translator):
         return {"type": "TEXT_MESSAGE_END", "messageId": part.id}
 
 
-class TranslatedStream(EventStream):
-    """An event stream in another protocol, with all that the socket's twin has."""
+class Turn(NamedTuple):
+    """What answers one message of a conversation's user: a task, or what follows their answer to
+    its question, up to its next question or its end.
+    """
 
-    def __init__(
-        self,
-        watching: contextlib.AbstractAsyncContextManager[Subscription],
-        translator: Translator,
-    ) -> None:
-        super().__init__(watching, translator.headers)
+    task: Task
+    after: int = 0  # the event before it: the question that the message answers
+    is_new: bool = True
+
+    @property
+    def id(self) -> str:
+        return f"{self.task.id}-{self.after}" if self.after else self.task.id
+
+
+class TranslatedStream(EventStream):
+    """An event stream of one turn in another protocol, with all that the socket's twin has."""
+
+    def __init__(self, supervisor: Supervisor, turn: Turn, translator: Translator) -> None:
+        super().__init__(supervisor.watch(turn.task.id, turn.after), translator.headers)
+        self._turn = turn
         self._translator = translator
 
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
@@ -7371,10 +7401,16 @@ class TranslatedStream(EventStream):
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
+                question = subscription.broker.state.question
+                asked = question["event_id"] if question else None
                 for event in delivery.events:
                     yield self._lines(translator.event(json.loads(event.data)))
+                    if event.id == asked:
+                        break
                 if delivery.state is not None:
                     yield self._lines(translator.state(json.loads(delivery.state)["data"]))
+                if asked is not None and translator.last_event_id == asked:
+                    break  # these clients let nobody write before a stream has ended
             yield self._lines(translator.end())
         except StreamerError as error:
             yield self._lines([translator.failed(error)])
@@ -7406,19 +7442,46 @@ def _users_message(body: JSONObject) -> tuple[list[Any], str]:
     return messages, content
 
 
-async def _next_task(
+async def _current_turn(supervisor: Supervisor, conversation: str) -> tuple[Turn, TaskState] | None:
+    """The last turn of a conversation, and its task's state."""
+    task_id = await supervisor.store.latest(conversation)
+    if task_id is None:
+        return None
+    try:
+        state = await supervisor.state(task_id)
+        task = await supervisor.get(task_id)
+    except TaskNotFound:
+        return None
+    return Turn(task, state.answered.get("event_id", 0), is_new=False), state
+
+
+async def _next_turn(
     supervisor: Supervisor, conversation: str, key: Sequence[str], text: str, options: Any
-) -> tuple[Task, bool]:
-    """The conversation's task for this message of its user, started; and whether it is new."""
+) -> Turn:
+    """Answers the question that the conversation's task asks, or starts its next task.
+
+    `key` tells the user's message from others: who sends it again gets the same turn.
+    """
+    key_text = encode((conversation, *key))
+    current = await _current_turn(supervisor, conversation)
+    if current is not None:
+        turn, state = current
+        if state.answered.get("message_id") == key[0]:
+            return turn
+        if state.question is not None and turn.task.id != task_id_of(key_text):
+            question_id = state.question["question_id"]
+            text = parse_text({"answer": text}, "answer", supervisor.settings.max_prompt)
+            await supervisor.answer(turn.task.id, question_id, text, key[0])
+            return Turn(turn.task, state.question["event_id"])
     prompt, title, options = parse_task(
-        {"input_prompt": text, "options": options or {}}, supervisor.settings
+        {"input_prompt": text, "options": options or {}},
+        supervisor.settings,
+        supervisor.engine.teams,
     )
-    task, is_new = await supervisor.submit(
-        prompt, title, options, encode((conversation, *key)), conversation
-    )
+    task, is_new = await supervisor.submit(prompt, title, options, key_text, conversation)
     with contextlib.suppress(TaskEnded):  # then it is a replay
         task = await supervisor.start(task.id)
-    return task, is_new
+    return Turn(task, is_new=is_new)
 
 
 async def post_chat(request: Request) -> Response:
@@ -7427,31 +7490,26 @@ async def post_chat(request: Request) -> Response:
     conversation = "ai-sdk:" + parse_text(body, "id", MOST_ID)
     messages, text = _users_message(body)
     key = [parse_text(messages[-1], "id", MOST_ID), text]
+    turn = None
     if body.get("trigger") == "regenerate-message":
-        current = await _latest(supervisor, conversation)
-        if current is not None and current.status not in ENDED:
-            return TranslatedStream(supervisor.watch(current.id), AISDKTranslator(current))
-        key.append(current.id if current else "")
-    task, _ = await _next_task(supervisor, conversation, key, text, body.get("options"))
-    return TranslatedStream(supervisor.watch(task.id), AISDKTranslator(task))
-
-
-async def _latest(supervisor: Supervisor, conversation: str) -> Task | None:
-    task_id = await supervisor.store.latest(conversation)
-    with contextlib.suppress(TaskNotFound):
-        return await supervisor.get(task_id) if task_id else None
-    return None
+        current = await _current_turn(supervisor, conversation)
+        if current is not None:
+            key.append(current[0].task.id)
+            turn = current[0] if current[1].status not in ENDED else None
+    turn = turn or await _next_turn(supervisor, conversation, key, text, body.get("options"))
+    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 
 async def get_chat(request: Request) -> Response:
-    """What runs in a conversation, from its start; 204 where nothing does."""
+    """What runs in a conversation, from the start of its last turn; 204 where nothing does."""
     supervisor = _supervisor(request)
-    task = await _latest(supervisor, "ai-sdk:" + request.path_params["conversation"])
-    if task is None or task.status in ENDED:
+    current = await _current_turn(supervisor, "ai-sdk:" + request.path_params["conversation"])
+    if current is None or current[1].status in ENDED:
         return Response(status_code=204)
     if request.method == "HEAD":
         return Response(media_type=EventStream.media_type)
-    return TranslatedStream(supervisor.watch(task.id), AISDKTranslator(task))
+    turn, _ = current
+    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 
 async def post_ag_ui(request: Request) -> Response:
@@ -7463,12 +7521,12 @@ async def post_ag_ui(request: Request) -> Response:
     forwarded = body.get("forwardedProps") or {}
     if not isinstance(forwarded, dict):
         raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
-    task, is_new = await _next_task(
-        supervisor, f"ag-ui:{thread_id}", [run_id], text, forwarded.get("options")
-    )
-    history = None if is_new else jsonable(messages)  # they may hold what no client can be sent
-    translator = AGUITranslator(task, thread_id, run_id, history)
-    return TranslatedStream(supervisor.watch(task.id), translator)
+    options = forwarded.get("options")
+    turn = await _next_turn(supervisor, f"ag-ui:{thread_id}", [run_id], text, options)
+    # What these messages hold may be nothing that a client can be sent.
+    history = None if turn.is_new else jsonable(messages)
+    translator = AGUITranslator(turn.task, thread_id, run_id, history)
+    return TranslatedStream(supervisor, turn, translator)
 
 
 PROTOCOL_ROUTES = [
@@ -7507,7 +7565,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     answer = {"error": {"code": code, "message": message}}
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of the first route of several
-        found = [each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE]
+        found = [
+            each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE
+        ]
         allowed = {name for each in found if isinstance(each, Route) for name in each.methods or ()}
         headers["Allow"] = ", ".join(sorted(allowed))
     return JSONLine(answer, error.status_code, headers)

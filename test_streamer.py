@@ -7613,6 +7613,65 @@ def test_ag_ui_shows_a_run(tmp_path: Path, package: str) -> None:
         assert client.get("/api/tasks")["total"] == 2
 
 
+def painter(run: Run) -> dict[str, Any]:
+    """Asks twice, and says what it was told."""
+    told: list[str] = []
+    for question, choices in (("Which colour?", ["red", "blue"]), ("How large?", None)):
+        run.emit("TOKEN", {"message": f"{question} ", "call_id": str(len(told))}, "Painter")
+        told.append(run.ask(question, choices, "Painter"))
+        run.emit("TOKEN", {"message": f"{told[-1]}. ", "call_id": str(len(told))}, "Painter")
+    return {"told": told}
+
+
+def test_ai_sdk_answers_with_the_next_message(tmp_path: Path) -> None:
+    """A question ends the client's turn; the next message answers it, once, and the run goes on."""
+    with (
+        live(painter, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        shown = chat("send", "paint")
+        assert (shown["status"], len(shown["messages"])) == ("ready", 2)
+        (question,) = (p for p in shown["messages"][1]["parts"] if p["type"] == "data-question")
+        assert question["data"]["choices"] == ["red", "blue"]
+        assert "answer must be one of red, blue, not 'green'" in chat("send", "green")["error"]
+        shown = chat("send", "red")
+        assert (shown["status"], shown["messages"][-1]["parts"][0]["text"]) == (
+            "ready",
+            "red. How large? ",
+        )
+        again = chat("again", "red")  # as a client does whose answer was lost
+        assert again["messages"][-1]["parts"] == shown["messages"][-1]["parts"]
+        shown = chat("resume")
+        assert shown["messages"][-1]["id"] == again["messages"][-1]["id"]
+        shown = chat("send", "as a house")
+        (task,) = client.get("/api/tasks")["items"]
+        assert client.get(f"/api/tasks/{task['id']}/state")["final_result"]["told"] == [
+            "red",
+            "as a house",
+        ]
+        texts = [m for m in shown["messages"] if m["role"] == "assistant"]
+        spoken = "".join(spoken_in_chat(message)["Painter"] for message in texts)
+        assert {"Painter": spoken} == spoken_in_log(client, task["id"])
+
+
+@pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
+def test_ag_ui_answers_with_the_next_message(tmp_path: Path, package: str) -> None:
+    """A question ends the client's run; the next message answers it, once, and the task goes on."""
+    with (
+        live(painter, tmp_path) as client,
+        front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
+    ):
+        shown = agent("send", ["r1", "paint"])
+        assert (shown.get("error"), shown["types"][-1]) == (None, "RUN_FINISHED")
+        assert agent("again", "r1")["messages"] == shown["messages"]  # it is no answer
+        agent("send", ["r2", "red"])
+        agent("again", "r2")
+        shown = agent("send", ["r3", "as a house"])
+        assert shown["result"]["told"] == ["red", "as a house"]
+        (task,) = client.get("/api/tasks")["items"]
+        assert spoken_in_ag_ui(shown["messages"]) == spoken_in_log(client, task["id"])
+
+
 @pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
 def test_ag_ui_is_told_of_a_cancel(tmp_path: Path, package: str) -> None:
     with (
