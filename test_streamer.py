@@ -900,6 +900,29 @@ def needs_package(name: str) -> None:
         skip_without(name)
 
 
+# What some tests need of npm: `npm install --prefix .ci/npm …`, which CI does.
+NODE_PACKAGES = {
+    "ai": "7.0.173",
+    "@ai-sdk/react": "4.0.177",
+    "@ag-ui/client": "1.0.0",
+    "ag-ui-client-before-1": "npm:@ag-ui/client@0.0.59",
+    "react": "19",
+    "react-dom": "19",
+    "esbuild": "0",
+    "axe-core": "4",
+}
+
+
+def node_modules() -> Path:
+    """Where NODE_PACKAGES are."""
+    needs("node")
+    modules = HERE / ".ci" / "npm" / "node_modules"
+    for name, version in NODE_PACKAGES.items():
+        if not (modules / name).is_dir():
+            skip_without(f"npm install --prefix .ci/npm {name}@{version}")
+    return modules
+
+
 class Gate:
     """A runner that emits, waits for the test, emits, returns."""
 
@@ -7249,12 +7272,6 @@ def test_log_tells_of_tasks_and_clients(
 # Protocols
 # -----------------------------------------------------------------------------
 
-NODE_PACKAGES = {
-    "ai": "7.0.173",
-    "@ai-sdk/react": "4.0.177",
-    "@ag-ui/client": "1.0.0",
-    "ag-ui-client-before-1": "npm:@ag-ui/client@0.0.59",
-}
 # Both clients obey lines of stdin, each a JSON array: a name and what it takes. They answer each
 # with a line: all that a front end would show.
 OBEY = """
@@ -7313,16 +7330,6 @@ obey({
 """
 
 
-def node_packages(folder: Path) -> None:
-    """Has scripts in `folder` import NODE_PACKAGES, from where NODE_MODULES says they are."""
-    needs("node")
-    modules = Path(os.environ.get("NODE_MODULES", HERE / ".ci" / "npm" / "node_modules"))
-    if not (modules / "ai").is_dir():
-        wanted = " ".join(f"{name}@{version}" for name, version in NODE_PACKAGES.items())
-        skip_without(f"npm install --prefix .ci/npm {wanted}")
-    (folder / "node_modules").symlink_to(modules)
-
-
 class FrontEnd:
     """An official client of a protocol in Node, which does what it is told."""
 
@@ -7348,7 +7355,7 @@ class FrontEnd:
 @contextlib.contextmanager
 def front_end(folder: Path, script: str, *arguments: str) -> Iterator[FrontEnd]:
     folder.mkdir(exist_ok=True)
-    node_packages(folder)
+    (folder / "node_modules").symlink_to(node_modules())
     (folder / "client.mjs").write_text(OBEY + script)
     pipe = subprocess.PIPE
     command = ["node", "client.mjs", *arguments]
@@ -7514,7 +7521,7 @@ createRoot(document.body).render(h(App));
 
 def test_react_app_of_another_origin_uses_chat(tmp_path: Path, chromium: Any) -> None:
     """`useChat` in a browser, from an origin that is allowed: a run, a reload in its middle."""
-    node_packages(tmp_path)
+    (tmp_path / "node_modules").symlink_to(node_modules())
     (tmp_path / "app.mjs").write_text(REACT_APP)
     build = ["--bundle", "app.mjs", "--outfile=app.js", "--define:process.env.NODE_ENV='\"x\"'"]
     esbuild = str(tmp_path / "node_modules" / ".bin" / "esbuild")
@@ -9251,9 +9258,7 @@ def test_page_has_role_colours_that_can_be_read(tmp_path: Path, chromium: Any) -
 
 def axe_core() -> str:
     """The source of axe-core, which tries a page against WCAG."""
-    found = subprocess.run([needs("npm"), "root", "--global"], capture_output=True, text=True)
-    source = Path(found.stdout.strip(), "axe-core", "axe.min.js")
-    return source.read_text() if source.exists() else skip_without("axe-core (npm)")
+    return (node_modules() / "axe-core" / "axe.min.js").read_text()
 
 
 def test_page_is_accessible_in_every_state(tmp_path: Path, chromium: Any) -> None:
