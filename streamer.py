@@ -95,6 +95,7 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import select
@@ -1637,6 +1638,8 @@ class RedisLink:
     # It is no primary, or one that lacks its replicas; in Redis 6 a script's error holds the code.
     DEMOTED = "ReadOnly|READONLY|MasterDown|MASTERDOWN|NOREPLICAS"
 
+    warning: str | None = None  # what its administrator should change
+
     def __init__(self, settings: Settings, notify: Callable[[str | None], None]) -> None:
         self._settings = settings
         self._lease = settings.lease
@@ -1669,7 +1672,6 @@ class RedisLink:
         except (ValueError, TypeError):  # whose text may hold the password
             form = "redis://[[user]:password@]host[:port][/number], the password with % escapes"
             raise SettingsError(f"redis_url must be {form}") from None
-        self.warning: str | None = None
         if policy != "noeviction":
             risk = "when its memory is full it drops tasks and logs; set it to noeviction"
             self.warning = f"the Redis at {self._url} has maxmemory-policy {policy}: {risk}"
@@ -1707,7 +1709,7 @@ class RedisLink:
             fault = "cannot be reached"
         elif re.search(self.DEMOTED, f"{type(error).__name__} {error}"):
             fault = "takes no writes"
-            await self._drop_connections()
+            await self._renew_connections()
         else:
             fault = "refused"
             silent = math.inf
@@ -1717,17 +1719,13 @@ class RedisLink:
             raise StoreUnavailable(reason) from None
         await anyio.sleep(0.2)
 
-    async def _drop_connections(self) -> None:
-        """Another Redis may have the name by now: those in use are made again, and the last that
-        was used, which each call that fails does.
-        """
+    async def _renew_connections(self) -> None:
+        """Another Redis may have the name by now."""
         self._resubscribe = True
         pool = self.redis.connection_pool
         with contextlib.suppress(*self._unreached):
             await pool.update_active_connections_for_reconnect()
-            connection = await pool.get_connection()
-            connection.mark_for_reconnect()
-            await pool.release(connection)
+            await pool.disconnect(inuse_connections=False)
 
     async def pipelined(self, fill: Callable[[Any], object], transaction: bool = False) -> Any:
         """The answers to the commands that `fill` gives a pipeline, sent in one go."""
@@ -1764,16 +1762,11 @@ class RedisLink:
             async with self.redis.pubsub() as pubsub:
                 self._resubscribe = False
                 await pubsub.subscribe(channel)
-                asked = False
                 while not self._resubscribe:
-                    message = await pubsub.get_message(timeout=self._lease / 3)
-                    if message is None and asked:
-                        return  # a connection that nothing comes through
-                    asked = message is None
+                    message = await pubsub.get_message(timeout=self._lease / 2)
                     if message is None:
-                        await pubsub.ping()
-                    elif message["type"] != "pong":
-                        hear(message["data"] if message["type"] == "message" else None)
+                        return  # a connection that not even this replica's own beats come through
+                    hear(message["data"] if message["type"] == "message" else None)
 
         while True:
             with contextlib.suppress(self._errors.RedisError, *self._unreached):
@@ -1802,7 +1795,8 @@ class RedisStore(Store):
     PATIENCE = 0.6  # of a lease: with two sweeps, one before and one after, it is a lease
     ANSWERS = "streamer:answers:"  # a list: answers for the tasks of a replica
     TAKEN = "streamer:taken:"  # whether an answer was taken
-    NEWS = "streamer:news"  # a channel: the task that was written to; nothing: a sweep is asked for
+    # A channel: the task that was written to, or the replica that lives; nothing asks for a sweep.
+    NEWS = "streamer:news"
     WRITE = """
     local task, log, tasks, claimed, cancels = unpack(KEYS)
     local id, replica, after, status, record, state, max_events, max_age, channel =
@@ -1855,7 +1849,7 @@ class RedisStore(Store):
         self._news: dict[str, set[asyncio.Event]] = defaultdict(set)  # task → who waits for it
         self._attention = asyncio.Event()
         self._beats: dict[str, tuple[str | None, float]] = {}  # replica → its beat, and since when
-        self._dead: dict[str, str | None] = {}  # the replicas that are gone, and their last beat
+        self._gone: set[str] = set()  # replicas, at the last sweep
         self._link = RedisLink(settings, self._hear_of_link)
 
     @contextlib.asynccontextmanager
@@ -1875,7 +1869,7 @@ class RedisStore(Store):
     def _hear_of_link(self, error: str | None) -> None:
         if (error is None) != (self.error is None):
             self._beats.clear()  # others cannot change theirs either
-            self._dead.clear()
+            self._gone.clear()
             self._attention.set()  # the sweep's beat shows whether it is over
         self._set_error(error)
 
@@ -1891,24 +1885,10 @@ class RedisStore(Store):
             event.set()
 
     async def _beat(self, beat: str) -> None:
-        beats = partial(self._link.redis.hset, self.REPLICAS, self._replica, beat)
-        await self._link.call(beats, writes=True)
-
-    def _look_who_lives(self, beats: Mapping[str, str], owners: set[str], at: float) -> None:
-        """`beats` are those of `at` or later."""
-        now = time.monotonic()
-        before = self._beats
-        self._beats = {}
-        for replica in {*beats, *owners} - {self._replica}:
-            beat, since = before.get(replica, ("", now))
-            if beat != beats.get(replica):
-                since = now
-            self._beats[replica] = (beats.get(replica), since)
-        self._dead = {
-            replica: beat
-            for replica, (beat, since) in self._beats.items()
-            if beat == self.LEFT or at - since > self.PATIENCE * self._lease
-        }
+        redis = self._link.redis
+        write = partial(redis.hset, self.REPLICAS, self._replica, beat)
+        await self._link.call(write, writes=True)
+        await self._link.call(partial(redis.publish, self.NEWS, self._replica))
 
     def _unlist(self, pipe: Any, task_id: str) -> None:
         pipe.zrem(self.TASKS, task_id)
@@ -2030,7 +2010,8 @@ class RedisStore(Store):
 
         async def claim(pipe: Any) -> Claim | None:
             status, owner, task, state = await pipe.hmget(key, "status", "owner", "task", "state")
-            if status not in statuses or (owner and not await self._may_take_from(owner, pipe)):
+            free = owner in (None, self._replica, *self._gone)
+            if not free or status not in statuses:
                 await pipe.unwatch()
                 return None
             record = self._record(task, state, await pipe.xrange(log, count=1))
@@ -2053,12 +2034,6 @@ class RedisStore(Store):
             return claimed
         finally:
             self._claiming.discard(task_id)
-
-    async def _may_take_from(self, owner: str, redis: Any) -> bool:
-        if owner == self._replica:
-            return True
-        beat = await redis.hget(self.REPLICAS, owner)
-        return beat == self.LEFT or (owner in self._dead and self._dead[owner] == beat)
 
     async def write(
         self, claim: Claim, state: TaskState, events: Sequence[Event], task: Task | None
@@ -2152,7 +2127,7 @@ class RedisStore(Store):
                 continue
             elif owner is None:
                 orphans += [task_id] if status == TaskStatus.RUNNING else []
-            elif owner in self._dead or owner == self._replica:
+            elif owner in self._gone or owner == self._replica:
                 orphans.append(task_id)
         await self._pass_on_cancels()
         await self._pass_on_answers()
@@ -2160,7 +2135,7 @@ class RedisStore(Store):
 
     async def _started(self, held: Collection[str]) -> list[tuple[str, Any, Any]]:
         """The tasks that were started or are held: status and owner; looks which owners live."""
-        at = time.monotonic()
+        asked = time.monotonic()
         running, claimed, beats = await self._link.pipelined(
             lambda pipe: (
                 pipe.zrange(f"{self.TASKS}:{TaskStatus.RUNNING}", 0, -1)
@@ -2173,10 +2148,18 @@ class RedisStore(Store):
             started, lambda pipe, task_id: pipe.hmget(self.TASK + task_id, "status", "owner")
         )
         owners = {owner for _, owner in tasks if owner}
-        self._look_who_lives(beats, owners, at)
-        unneeded = self._dead.keys() & beats.keys() - owners
+        before = self._beats
+        self._beats = {each: (beats.get(each), time.monotonic()) for each in {*beats, *owners}}
+        for replica, (beat, _) in self._beats.items():
+            if replica in before and before[replica][0] == beat:
+                self._beats[replica] = before[replica]
+        self._gone = {
+            replica
+            for replica, (beat, since) in self._beats.items()
+            if beat == self.LEFT or asked - since > self.PATIENCE * self._lease
+        }
         await self._link.for_each(
-            list(unneeded), lambda pipe, replica: pipe.hdel(self.REPLICAS, replica)
+            [*self._gone - owners], lambda pipe, replica: pipe.hdel(self.REPLICAS, replica)
         )
         return [(task_id, *found) for task_id, found in zip(started, tasks, strict=True)]
 
@@ -5795,10 +5778,6 @@ class Engine:
             return self.error
         return "ready" if self.ready.is_set() else "loading"
 
-    def limit(self, runs: int) -> None:
-        """Before the first of them: only so many at once."""
-        self.slots = anyio.Semaphore(runs)
-
     async def load(self) -> None:
         """Loads what the runner needs in a thread, so that the first task does not wait for it."""
         if self._warm_up is not None:
@@ -7653,20 +7632,18 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [cors, guard]
 
 
-@contextlib.contextmanager
-def only_child(folder: Path) -> Iterator[None]:
-    """Raises SettingsError in the second process that a server has started to share its port."""
+def refuse_second_process(folder: Path) -> None:
+    """Raises SettingsError where another process of the same server has the folder; holds it until
+    this one ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".server-{os.getppid()}"
-    with path.open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = "each of several processes (--workers) would have tasks of its own in memory"
-            advice = "leave it at one, or set redis_url, which they share"
-            raise SettingsError(f"{problem}: {advice}") from None
-        yield
-        path.unlink(missing_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "each of several processes (--workers) would have tasks of its own in memory"
+        advice = "leave it at one, or set redis_url, which they share"
+        raise SettingsError(f"{problem}: {advice}") from None
 
 
 def create_app(
@@ -7719,10 +7696,9 @@ def _create_app(
             logging.getLogger(name).addFilter(without_token)
         server = os.environ.get("SERVER_SOFTWARE", "")
         child = multiprocessing.parent_process() is not None or "gunicorn" in server
-        async with contextlib.AsyncExitStack() as stack:
-            if child and type(store) is MemoryStore:
-                stack.enter_context(only_child(settings.workspace))
-            await stack.enter_async_context(supervisor.open())
+        if child and type(store) is MemoryStore:
+            refuse_second_process(settings.workspace)
+        async with supervisor.open():
             yield
 
     app = Starlette(
@@ -7970,14 +7946,14 @@ TEAM_FILES = 20  # of a MetaGPT run: pipes of git, connections to its model; ano
 CLIENT_FILES = 2  # a connection, and the file that it downloads
 
 
-def room(settings: Settings, run_files: int) -> tuple[int, int]:
-    """How many runs and connections there are descriptors for: as many as are asked for, if the
-    system lets this process open so many files. Raises SettingsError where there is no room.
+def connections(settings: Settings, run_files: int) -> int:
+    """How many there are descriptors for: as many as are wanted, if the system lets this process
+    open so many files. Raises SettingsError where there is room for next to none.
     """
-    runs = settings.max_running
-    clients = settings.max_sockets + 1000
-    base = BASE_FILES + (REDIS_FILES if settings.redis_url else 0)
-    needed = base + run_files * runs + CLIENT_FILES * clients
+    wanted = settings.max_sockets + 1000
+    base = BASE_FILES + run_files * settings.max_running
+    base += REDIS_FILES if settings.redis_url else 0
+    needed = base + CLIENT_FILES * wanted
     unlimited = resource.RLIM_INFINITY
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != unlimited and soft < needed:
@@ -7985,17 +7961,14 @@ def room(settings: Settings, run_files: int) -> tuple[int, int]:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft == unlimited or soft >= needed:
-        return runs, clients
-    asked = f"{runs} runs (max_running) and {clients} connections need {needed}"
-    free = soft - base
-    if free < run_files + 10 * CLIENT_FILES:
+    room = wanted if soft == unlimited else min(wanted, (soft - base) // CLIENT_FILES)
+    asked = f"{settings.max_running} runs (max_running) and {wanted} connections need {needed}"
+    if room < 10:
         raise SettingsError(f"`ulimit -n` is {soft}, too few to serve anything; {asked}")
-    runs = min(runs, max(1, free // 2 // run_files))
-    clients = (free - run_files * runs) // CLIENT_FILES
-    text = "`ulimit -n` is %d, so that it serves %d runs and %d connections at once; %s"
-    logger.warning(text, soft, runs, clients, asked)
-    return runs, clients
+    if room < wanted:
+        text = "`ulimit -n` is %d, so that it serves %d connections at once; %s"
+        logger.warning(text, soft, room, asked)
+    return room
 
 
 class Server(uvicorn.Server):
@@ -8003,10 +7976,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self.supervisor: Supervisor = app.state.supervisor
-        engine = self.supervisor.engine
-        run_files = TEAM_FILES if engine.runner is run_metagpt else 2
-        runs, connections = room(settings, run_files)
-        engine.limit(runs)
+        run_files = TEAM_FILES if self.supervisor.engine.runner is run_metagpt else 2
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -8014,7 +7984,7 @@ class Server(uvicorn.Server):
             http=AbortProtocol,
             ws=FrameProtocol,
             ws_max_size=65536,  # clients have little to say
-            limit_concurrency=connections,
+            limit_concurrency=connections(settings, run_files),
             ws_per_message_deflate=False,
             log_config=None,
             access_log=False,
@@ -8075,38 +8045,37 @@ def listen(host: str, port: int) -> socket.socket:
 class LogThread(logging.Handler):
     """Has a thread write the log to stderr, so that nobody waits for whoever reads it.
 
-    What does not fit into a pipe meanwhile is dropped; the next line says how much.
+    Beyond a thousand lines that wait they are dropped; the next line says how many.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
+        self._lines: queue.Queue[bytes] = queue.Queue(1000)
         self._dropped = 0
-        self._thread = threading.Thread(target=self._copy, args=[reader], daemon=True)
+        self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
-    def _copy(self, reader: int) -> None:
-        while data := os.read(reader, 65536):
-            while data:
+    def _write(self) -> None:
+        for line in iter(self._lines.get, b""):
+            left = line
+            while left:
                 select.select([], [2], [])  # it may be one that does not wait
-                data = data[os.write(2, data) :]
+                left = left[os.write(2, left) :]
 
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{self.format(record)}\n"
         if self._dropped:
             line = f"{self._dropped} lines of the log were dropped: nobody read them\n{line}"
-        data = line.encode(errors="backslashreplace")
         try:
-            self._dropped = int(os.write(self._writer, data) < len(data))
-        except OSError:  # it is full, or closed
+            self._lines.put_nowait(line.encode(errors="backslashreplace"))
+            self._dropped = 0
+        except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
         """Waits for what is not written yet, but not for a reader who does not come."""
-        writer = self._writer
-        self._writer = -1
-        os.close(writer)
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(b"")
         self._thread.join(1.0)
         super().close()
 
@@ -8225,8 +8194,8 @@ def check_workspace(folder: Path) -> None:
         raise SettingsError(f"workspace {str(folder)!r} {reason}; set --workspace") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code, which HELP explains."""
+def _prepare_process() -> None:
+    """Signals, streams and warnings, before anything is opened."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # behind nohup it is ignored
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -8234,6 +8203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     # Python hides these warnings of libraries, but shows those about what a script calls.
     warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code, which HELP explains."""
+    _prepare_process()
     if sys.version_info >= (3, 14):
         print("streamer: tried on Python 3.11, 3.12 and 3.13; this one is newer", file=sys.stderr)
     try:
