@@ -1399,6 +1399,12 @@ class SqliteStore(MemoryStore):
     PRAGMA user_version = 1;
     COMMIT;
     """
+    FAULTS: Mapping[str, str] = {  # what to do about an error when the file is opened
+        "SQLITE_BUSY": "another streamer uses it; give each its own file, "
+        "or all of them one redis_url",
+        "SQLITE_CANTOPEN": "its folder must exist and be writable",
+        "SQLITE_NOTADB": "it is another kind of file",
+    }
     SAVE = """
     INSERT INTO tasks (id, status, updated_at, task, state) VALUES (?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET status = excluded.status, updated_at = excluded.updated_at,
@@ -1433,35 +1439,32 @@ class SqliteStore(MemoryStore):
                 self._writer = connect(str(self._path), 0)
                 self._wait_for_locks(self._settings.lease)
                 self._reader = connect(str(self._path), self._settings.lease)
-                (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-                if version not in (0, 1):
-                    has = f"has schema version {version}"
-                    raise SettingsError(f"db {self._path} {has}, and this streamer knows 1")
-                self._writer.executescript(self.SCHEMA)
-                rows = self._writer.execute("SELECT task, state FROM tasks ORDER BY number")
-                records = [_load(task, state, first_event_id=0) for task, state in rows]
-                # 0: it is looked up when it is asked for.
-                self._records = {record.task.id: record for record in records}
-                started = self._writer.execute("SELECT task_id FROM started ORDER BY rowid")
-                self._started = [task_id for (task_id,) in started]
+                self._load_tasks()
                 paths = [Path(f"{self._path}{end}") for end in ("", "-wal", "-shm", ".lock")]
                 self._files = {path: path.stat() for path in paths}
                 self._hold(stack)
             except StoreUnavailable as error:
                 raise SettingsError(f"db {self._path} cannot be used: {error}") from None
             except (OSError, sqlite3.Error) as error:
-                other = "SQLITE_BUSY" if isinstance(error, BlockingIOError) else "SQLITE_CANTOPEN"
-                why = {
-                    "SQLITE_BUSY": "another streamer uses it; "
-                    "give each its own file, or all of them one redis_url",
-                    "SQLITE_CANTOPEN": "its folder must exist and be writable",
-                    "SQLITE_NOTADB": "it is another kind of file",
-                }.get(
-                    getattr(error, "sqlite_errorname", other),
-                    "is it a SQLite file that may be written?",
-                )
+                name = getattr(error, "sqlite_errorname", "SQLITE_CANTOPEN")
+                if isinstance(error, BlockingIOError):
+                    name = "SQLITE_BUSY"
+                why = self.FAULTS.get(name, "is it a SQLite file that may be written?")
                 raise SettingsError(f"db {self._path} cannot be used: {error}; {why}") from None
             yield
+
+    def _load_tasks(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if version not in (0, 1):
+            has = f"has schema version {version}"
+            raise SettingsError(f"db {self._path} {has}, and this streamer knows 1")
+        self._writer.executescript(self.SCHEMA)
+        rows = self._writer.execute("SELECT task, state FROM tasks ORDER BY number")
+        # 0: the first event is looked up when it is asked for.
+        records = [_load(task, state, first_event_id=0) for task, state in rows]
+        self._records = {record.task.id: record for record in records}
+        started = self._writer.execute("SELECT task_id FROM started ORDER BY rowid")
+        self._started = [task_id for (task_id,) in started]
 
     def _hold(self, stack: contextlib.ExitStack) -> None:
         """Keeps other programs from deleting the write-ahead log while this one writes to it.
@@ -1720,12 +1723,16 @@ class RedisLink:
         await anyio.sleep(0.2)
 
     async def _renew_connections(self) -> None:
-        """Another Redis may have the name by now."""
+        """Another Redis may have the name by now: those in use are made again, and the last that
+        was used, as `pool.disconnect` would close one that somebody takes meanwhile.
+        """
         self._resubscribe = True
         pool = self.redis.connection_pool
         with contextlib.suppress(*self._unreached):
             await pool.update_active_connections_for_reconnect()
-            await pool.disconnect(inuse_connections=False)
+            connection = await pool.get_connection()
+            connection.mark_for_reconnect()
+            await pool.release(connection)
 
     async def pipelined(self, fill: Callable[[Any], object], transaction: bool = False) -> Any:
         """The answers to the commands that `fill` gives a pipeline, sent in one go."""
