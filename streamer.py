@@ -1799,7 +1799,7 @@ class RedisStore(Store):
     DELETED = "streamer:deleted:"  # for some time: a task was deleted, and not lost
     REPLICAS = "streamer:replicas"  # a hash: the beat of each replica
     LEFT = "left"  # the beat of one that was stopped
-    PATIENCE = 0.6  # of a lease: with two sweeps, one before and one after, it is a lease
+    PATIENCE = 0.6  # of a lease; the pauses before and after, of a sixth each, make it one
     ANSWERS = "streamer:answers:"  # a list: answers for the tasks of a replica
     TAKEN = "streamer:taken:"  # whether an answer was taken
     # A channel: the task that was written to, or the replica that lives; nothing asks for a sweep.
@@ -2048,22 +2048,22 @@ class RedisStore(Store):
         self._check(claim)
         task_id = state.task_id
         keys = [self.TASK + task_id, self.LOG + task_id, self.TASKS, self.CLAIMED, self.CANCELS]
-        status, record = (task.status, _dump(task)) if task else ("", "")
         values: list[Any] = [task_id, self._replica, claim.log_end]
-        values += [status, record, _dump(state)]
-        values += [self._settings.max_events, self._max_age, self.NEWS]
+        values += [task.status, _dump(task)] if task else ["", ""]
+        values += [_dump(state), self._settings.max_events, self._max_age, self.NEWS]
         for event in events:
             values += (event.id, event.type, event.data)
         if not await self._link.call(partial(self._write, keys, values), writes=True):
-            await self._lose(claim)
-            self._check(claim)
+            raise await self._lose(claim)
         if events:
             claim.log_end = events[-1].id
         if state.status in ENDED:
             self._end(claim)
 
-    async def _lose(self, claim: Claim) -> None:
-        """Something else is stored than its holder has written: its holder is told what."""
+    async def _lose(self, claim: Claim) -> StreamerError:
+        """Something else is stored than its holder has written: its holder is told what; that is
+        returned, too.
+        """
         task_id = claim.record.task.id
         (owner, task), newest, deleted = await self._link.pipelined(
             lambda pipe: (
@@ -2083,6 +2083,7 @@ class RedisStore(Store):
             claim.lost = LeaseLost(f"{lost}: another took it over")
         self._end(claim)
         claim.tell(ClaimLost(claim.lost))
+        return claim.lost
 
     async def release(self, claim: Claim) -> None:
         self._end(claim)
@@ -5055,7 +5056,7 @@ class _Program(subprocess.Popen[bytes]):
 def _mend_programs(engine: types.SimpleNamespace) -> None:
     """It waits for whoever has a program's output open, and leaves what a program has started."""
     module = sys.modules[engine.RunCode.__module__]
-    module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": _Program})  # type: ignore[attr-defined]
+    vars(module)["subprocess"] = types.SimpleNamespace(**{**vars(subprocess), "Popen": _Program})
 
 
 def _mend_token_counts(engine: types.SimpleNamespace) -> None:
@@ -7640,9 +7641,12 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 
 def refuse_second_process(folder: Path) -> None:
-    """Raises SettingsError where another process of the same server has the folder; holds it until
-    this one ends.
+    """Raises SettingsError where another process of uvicorn's or gunicorn's has the folder; holds
+    it until this one ends.
     """
+    server = os.environ.get("SERVER_SOFTWARE", "")
+    if multiprocessing.parent_process() is None and "gunicorn" not in server:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -7701,9 +7705,7 @@ def _create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for name in ("uvicorn.error", "uvicorn.access"):  # both log addresses with their query
             logging.getLogger(name).addFilter(without_token)
-        server = os.environ.get("SERVER_SOFTWARE", "")
-        child = multiprocessing.parent_process() is not None or "gunicorn" in server
-        if child and type(store) is MemoryStore:
+        if type(store) is MemoryStore:
             refuse_second_process(settings.workspace)
         async with supervisor.open():
             yield
@@ -7883,11 +7885,11 @@ class AbortProtocol(HttpToolsProtocol):
             self._parse(piece)
         if len(self._unparsed) > self.MAX_HEAD:
             self.transport.pause_reading()
-            self.flow.read_paused = False  # or it would read on for each request
+            self.flow.read_paused = False  # else each answer would resume it
         elif self.pipeline or not self.flow.read_paused:
-            self.flow.read_paused = False  # so that a client is seen to go
-            self.transport.pause_reading()
-            self.loop.call_soon(self.transport.resume_reading)  # uvloop reads megabytes at once
+            self.flow.read_paused = False  # only who reads sees that the client goes
+            self.transport.pause_reading()  # others have a turn: uvloop reads megabytes at once
+            self.loop.call_soon(self.transport.resume_reading)
 
     def _parse(self, data: bytes) -> None:
         self._head_size += len(data)
@@ -7949,7 +7951,7 @@ async def send_unchunked(cycle: Any, send: Send, message: Message) -> None:
 
 BASE_FILES = 24  # descriptors of a process that serves nobody
 REDIS_FILES = 32  # its connections to Redis
-TEAM_FILES = 20  # of a MetaGPT run: pipes of git, connections to its model; another has 2
+TEAM_FILES = 20  # of a MetaGPT run: pipes of git, connections to its model; another run has 2
 CLIENT_FILES = 2  # a connection, and the file that it downloads
 
 
@@ -7983,7 +7985,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self.supervisor: Supervisor = app.state.supervisor
-        run_files = TEAM_FILES if self.supervisor.engine.runner is run_metagpt else 2
+        run_files = TEAM_FILES if self.supervisor.engine.mode == "metagpt" else 2
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -8066,7 +8068,7 @@ class LogThread(logging.Handler):
         for line in iter(self._lines.get, b""):
             left = line
             while left:
-                select.select([], [2], [])  # it may be one that does not wait
+                select.select([], [2], [])  # whose writes may be set not to wait
                 left = left[os.write(2, left) :]
 
     def emit(self, record: logging.LogRecord) -> None:

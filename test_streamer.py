@@ -1759,14 +1759,14 @@ def settled(client: Client, task_id: str) -> dict[str, Any]:
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
-    """30 kills under load: what a client saw is the log's beginning; each run ends once; it runs
-    again on its log.
+    """10 kills of 9 runs each: what a client saw is the log's beginning; each run ends once; what
+    waited runs.
     """
     chance = random.Random(5)
     waiting: str | None = None
     before: list[Watcher] = []
-    for _ in range(31):
-        with busy(tmp_path, db="streamer.db", max_running=3, max_events=10**7) as server:
+    for _ in range(11):
+        with busy(tmp_path, db="streamer.db", max_running=9, max_events=10**7) as server:
             client = server.client
             for pair in zip(before[::2], before[1::2], strict=True):
                 task_id = pair[0].task_id
@@ -1787,7 +1787,7 @@ def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
                 assert client.post(f"/api/tasks/{waiting}/cancel").status_code == 202
                 runs.join()
                 assert runs.last_state["status"] == "CANCELLED"
-            tasks = [client.create(pause) for pause in ("0", "0", "0.001", "0")]
+            tasks = [client.create(pause) for pause in (*3 * ("0", "0", "0.001"), "0")]
             waiting = tasks.pop()
             before = [client.follow(task_id) for task_id in tasks for _ in range(2)]
             for witness in before[::2]:
