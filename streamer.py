@@ -4811,12 +4811,19 @@ def git_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _mend_git_lock(engine: types.SimpleNamespace) -> None:
-    """GitPython changes the process's current folder while it indexes: one repository at a time."""
+    """GitPython changes the process's current folder while it indexes, and leaves two processes of
+    git for each repository: one at a time is used, and closed.
+    """
     lock = threading.RLock()
 
-    def locked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def locked(method: Callable[..., Any], repository: Any, *args: Any, **kwargs: Any) -> Any:
         with lock:
-            return method(*args, **kwargs)
+            before = repository._repository
+            try:
+                return method(repository, *args, **kwargs)
+            finally:
+                for used in filter(None, (before, repository._repository)):
+                    used.close()
 
     for name in ("open", "add_change", "commit", "_init", "rename_root", "delete_repository"):
         _patch(engine.GitRepository, name, locked)

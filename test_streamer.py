@@ -4306,6 +4306,13 @@ def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
     assert "".join(text for _, text in emitted[1:]) == text_of_80_kb + "🎉"
 
 
+def children_of(pid: int) -> list[str]:
+    """The programs that a process has started and that live, by name (of Linux; else nothing)."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [child for each in lists for child in each.read_text().split()]
+    return [Path(f"/proc/{child}/comm").read_text().strip() for child in children]
+
+
 @pytest.mark.main_path
 def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Process]) -> None:
     """PRD, design, tasks, code and reviews, token by token; files, cost and progress reported."""
@@ -4348,6 +4355,7 @@ def test_metagpt_runs_the_whole_company(metagpt: tuple[Client, ModelServer, Proc
         used["completion_tokens"],
     )
     assert 0 < cost["total_cost"] < cost["max_budget"] == 3.0
+    assert children_of(server.popen.pid) == []  # git's, for each repository of a run
     assert server.output == b""
     others = [line for line in server.errors if " INFO streamer " not in line]
     assert [line for line in others if not line.startswith("streamer is at http://")] == []
