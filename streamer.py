@@ -5774,12 +5774,13 @@ class Engine:
         warm_up: Callable[[], object] | None,
         secrets: Sequence[str],
         teams: Collection[str] = (),
+        mode: str = "custom",
     ) -> None:
         self.settings = settings
         self.runner = runner
         self.secrets = secrets
         self.teams = teams  # the names that the option `team` takes
-        self.mode = "test" if settings.test_mode else "metagpt"
+        self.mode = mode  # of a task, for those who watch it
         self.error: str | None = None
         self.ready = anyio.Event()
         self.slots = anyio.Semaphore(settings.max_running)
@@ -6086,6 +6087,7 @@ class Supervisor:
         warm_up: Callable[[], object] | None = None,
         secrets: Sequence[str] = (),
         teams: Collection[str] = (),
+        mode: str = "custom",
     ) -> None:
         self.settings = settings
         self.store = store
@@ -6094,7 +6096,7 @@ class Supervisor:
         self._totals: Counter[str] = Counter(
             dict.fromkeys(("events", "deliveries", "clients", "slow_clients", *COSTS.values()), 0)
         )
-        self.engine = Engine(settings, runner, warm_up, secrets, teams)
+        self.engine = Engine(settings, runner, warm_up, secrets, teams, mode)
         self._brokers = Brokers(store, settings)
         self._active: dict[str, Execution] = {}
         self._untold: dict[str, str] = {}  # how a run ended, where that could not be stored
@@ -7689,6 +7691,8 @@ def _create_app(
     settings: Settings, runner: Runner | None, store: Store | None, teams: Mapping[str, MakeTeam]
 ) -> Starlette:
     runner = runner or (run_scripted if settings.test_mode else run_metagpt)
+    modes: Mapping[Runner, str] = {run_scripted: "test", run_metagpt: "metagpt"}
+    mode = modes.get(runner, "custom")
     named = {team.partition("=")[0]: team.partition("=")[2] for team in settings.teams}
     known: Teams = {**named, **teams}
     warm_up = None
@@ -7706,7 +7710,7 @@ def _create_app(
     store = store or open_store(settings)
     given = {"redis_url": settings.redis_url, "streamer_token": settings.token}
     secrets = known_secrets({**os.environ, **given})
-    supervisor = Supervisor(settings, store, runner, warm_up, secrets, tuple(known))
+    supervisor = Supervisor(settings, store, runner, warm_up, secrets, tuple(known), mode)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

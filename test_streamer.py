@@ -6808,8 +6808,8 @@ def test_socket_speaks_the_protocol(tmp_path: Path) -> None:
             "type": "connected",
             "data": {
                 "task_id": task_id,
-                "message": "watching 'Build a todo app' (test mode: a scripted team)",
-                "mode": "test",
+                "message": "watching 'Build a todo app'",
+                "mode": "custom",
                 "status": "PENDING",
                 "first_event_id": 1,
                 "last_event_id": 0,
@@ -7246,7 +7246,7 @@ def test_health_and_metrics_count(tmp_path: Path) -> None:
     with live(burst(7), tmp_path) as client:
         client.watch(client.create())
         health = client.get("/healthz")
-        assert (health["status"], health["mode"], health["engine"]) == ("ok", "test", "ready")
+        assert (health["status"], health["mode"], health["engine"]) == ("ok", "custom", "ready")
         assert health["tasks"] == {"SUCCEEDED": 1}
         text = client.http.get("/metrics").text
         values = dict(re.findall(r"^(\S+(?:\{.*?\})?) ([\d.]+)$", text, re.MULTILINE))
