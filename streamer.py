@@ -94,6 +94,7 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import queue
 import re
@@ -136,9 +137,10 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial
+from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, get_args, get_type_hints
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -472,6 +474,7 @@ class InvalidRequest(StreamerError, code="invalid_request", status=400, close_co
 class Unauthorized(StreamerError, code="unauthorized", status=401, close_code=1008): ...
 class Forbidden(StreamerError, code="forbidden", status=403, close_code=1008): ...
 class TaskNotFound(StreamerError, code="task_not_found", status=404, close_code=4404): ...
+class PathNotFound(StreamerError, code="not_found", status=404, close_code=4404): ...
 class ArtifactNotFound(StreamerError, code="artifact_not_found", status=404, close_code=4404): ...
 class RequestTimeout(StreamerError, code="request_timeout", status=408, close_code=1008): ...
 class TaskEnded(StreamerError, code="task_ended", status=409, close_code=1008): ...
@@ -757,7 +760,7 @@ class Task:
     """One request for work, as clients see it."""
 
     id: str
-    title: str
+    title: str | None  # None where none was given
     input_prompt: str
     status: TaskStatus = TaskStatus.PENDING
     mode: str
@@ -766,6 +769,10 @@ class Task:
     updated_at: str = field(default_factory=now)
     result_summary: str | None = None
     conversation: str | None = None  # of another protocol, whose latest task this may be
+
+    @property
+    def headline(self) -> str:
+        return self.title or self.input_prompt.strip().splitlines()[0][:80]
 
     def as_dict(self) -> dict[str, Any]:
         """As clients see it."""
@@ -877,59 +884,114 @@ class TaskState(NamedTuple):
         return data
 
 
-class Option(NamedTuple):
-    """What a client may set of a task: its default, what it must be, and the check of that."""
+JSON_KINDS: Mapping[str, tuple[type, ...]] = {
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "array": (list,),
+}
+KEYWORDS: Mapping[str, Callable[[Any, Any], bool]] = {  # of JSON schemas, in which type is first
+    "type": lambda value, kind: type(plain(value)) in JSON_KINDS[kind],
+    "enum": lambda value, values: value in values,
+    "minimum": operator.ge,
+    "maximum": operator.le,
+    "exclusiveMinimum": operator.gt,
+    "exclusiveMaximum": operator.lt,
+    "minLength": lambda value, least: len(value) >= least,
+    "maxLength": lambda value, most: len(value) <= most,
+    "maxItems": lambda value, most: len(value) <= most,
+    "pattern": lambda value, pattern: re.fullmatch(pattern, value) is not None,
+    "items": lambda value, schema: all(fits(item, schema) for item in value),
+}
+TEXT_PARSERS: Mapping[str, Callable[[str], Any]] = {  # what cannot be read stays text
+    "boolean": parse_bool,
+    "integer": lambda text: int(text) if text.isascii() and text.isdigit() else text,
+    "array": lambda text: text.split(",") if text else [],
+}
+
+
+def plain(value: Any) -> Any:
+    """A whole number where a float is one: JSON does not tell them apart."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is what a schema of KEYWORDS says."""
+    return all(KEYWORDS[keyword](value, wanted) for keyword, wanted in schema.items())
+
+
+class Parameter(NamedTuple):
+    """What a client may set: its default, what it must be in words, and as a JSON schema."""
 
     default: Any
     words: str
-    check: Callable[[Any], bool]
+    schema: Mapping[str, Any]
+
+    def check(self, value: Any) -> bool:
+        return fits(value, self.schema)
+
+    def parse(self, text: str) -> Any:
+        """What the text of a query or a header says. Raises ValueError."""
+        value = TEXT_PARSERS.get(self.schema["type"], str)(text)
+        if not self.check(value):
+            raise ValueError(text)
+        return value
+
+    def described(self) -> dict[str, Any]:
+        default = {} if self.default is None else {"default": self.default}
+        return {**self.schema, **default, "description": self.words}
 
 
-def _is_bool(value: Any) -> bool:
-    return type(value) is bool
+def whole_number(default: int | None, low: int = 0, high: int = 2**53) -> Parameter:
+    """The default bounds are those of an event id: what a JavaScript client can count to."""
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return Parameter(default, f"a whole number from {low} to {high}", schema)
 
 
-def _is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e9
+def switch(default: bool) -> Parameter:
+    return Parameter(default, "true or false", {"type": "boolean"})
 
 
-def _is_tokens(value: Any) -> bool:
-    return type(value) is int and value >= 1
+def amount(default: float | None, unit: str) -> Parameter:
+    schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9}
+    return Parameter(default, f"a number of {unit} above 0", schema)
 
 
-def _is_rounds(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 50
-
-
-def _is_name(value: Any) -> bool:
-    return type(value) is str and 1 <= len(value) <= 64
-
-
-def _is_names(value: Any) -> bool:
-    return type(value) is list and len(value) <= 50 and all(map(_is_name, value))
-
-
-def _is_project_name(value: Any) -> bool:
-    return type(value) is str and re.fullmatch(r"[A-Za-z]\w{0,63}", value, re.ASCII) is not None
-
-
+NAME = {"type": "string", "minLength": 1, "maxLength": 64}
 # The actions of the software company, after which a person can be asked.
 APPROVABLE = ("WritePRD", "WriteDesign", "WriteTasks", "WriteCode", "WriteTest")
 
-OPTIONS: Mapping[str, Option] = {
-    "n_round": Option(5, "a whole number from 1 to 50", _is_rounds),
-    "investment": Option(3.0, "a number of US dollars above 0", _is_amount),
-    "token_budget": Option(None, "a whole number of tokens from 1", _is_tokens),
-    "code_review": Option(True, "true or false", _is_bool),
-    "run_tests": Option(False, "true or false", _is_bool),
-    "implement": Option(True, "true or false", _is_bool),
-    "project_name": Option(
-        None, "a letter, then up to 63 letters, digits and underscores", _is_project_name
+OPTIONS: Mapping[str, Parameter] = {
+    "n_round": whole_number(5, 1, 50),
+    "investment": amount(3.0, "US dollars"),
+    "token_budget": Parameter(
+        None, "a whole number of tokens from 1", {"type": "integer", "minimum": 1}
     ),
-    "timeout": Option(None, "a number of seconds above 0", _is_amount),  # the setting task_timeout
-    "team": Option(None, "the name of a team", _is_name),
-    "approve": Option([], f"a list of actions, of {', '.join(APPROVABLE)}", _is_names),
+    "code_review": switch(True),
+    "run_tests": switch(False),
+    "implement": switch(True),
+    "project_name": Parameter(
+        None,
+        "a letter, then up to 63 letters, digits and underscores",
+        {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$"},
+    ),
+    "timeout": amount(None, "seconds"),  # the setting task_timeout
+    "team": Parameter(None, "the name of a team", NAME),
+    "approve": Parameter(
+        [],
+        f"a list of actions, of {', '.join(APPROVABLE)}",
+        {"type": "array", "maxItems": 50, "items": NAME},
+    ),
 }
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
+    """Raises InvalidRequest where something else than what is known was given."""
+    unknown = sorted(set(given).difference(known))
+    if unknown:
+        names = ", ".join(known) or "none"
+        raise InvalidRequest(f"{place}: {quoted(unknown[0])} is unknown; there are: {names}")
 
 
 def parse_options(
@@ -941,19 +1003,16 @@ def parse_options(
     """All of OPTIONS, with defaults. Raises InvalidRequest, which names the option by `named`."""
     if not isinstance(given, dict):
         raise InvalidRequest(f"options must be an object, not {kind_of(given)}")
-    unknown = sorted(set(given) - set(OPTIONS))
-    if unknown:
-        known = ", ".join(OPTIONS)
-        raise InvalidRequest(f"options: {quoted(unknown[0])} is unknown; the options are {known}")
+    refuse_unknown(given, OPTIONS, "options")
     options = {name: option.default for name, option in OPTIONS.items()}
     options["timeout"] = task_timeout
     for name, value in given.items():
         option = OPTIONS[name]
-        if value is None and option.default is None:  # null is how a task shows that none was given
+        if value is None:  # which is how a task shows that none was given
             continue
         if not option.check(value):
             raise InvalidRequest(f"{named(name)} must be {option.words}, not {kind_of(value)}")
-        options[name] = value
+        options[name] = plain(value) if option.schema["type"] == "integer" else value
     if options["timeout"] > task_timeout:
         limit = f"{task_timeout:g} s, the server's task_timeout"
         raise InvalidRequest(f"{named('timeout')} must be at most {limit}")
@@ -5927,7 +5986,7 @@ class Execution:
         self.running = True
         self._scope = anyio.CancelScope()
         task = replace(self.broker.task.to(TaskStatus.RUNNING), mode=engine.mode)
-        start = run.draft(EventType.TASK_START, {"message": task.title, "mode": engine.mode})
+        start = run.draft(EventType.TASK_START, {"message": task.headline, "mode": engine.mode})
         await self._publish([start], task, status=task.status, started_at=start.timestamp)
         outcome = Outcome(abandoned=True)
         async with anyio.create_task_group() as group:
@@ -6201,7 +6260,7 @@ class Supervisor:
     async def submit(
         self,
         prompt: str,
-        title: str,
+        title: str | None,
         options: Mapping[str, Any],
         key: str | None = None,
         conversation: str | None = None,
@@ -6477,40 +6536,126 @@ def _supervisor(connection: HTTPConnection) -> Supervisor:
     return supervisor
 
 
-def _query(
-    params: QueryParams, name: str, default: Any, parse: Callable[[str], Any], words: str
-) -> Any:
-    """A parameter of the query string; `words` say what it must be. Raises InvalidRequest."""
-    if name not in params:
-        return default
-    try:
-        return parse(params[name])
-    except ValueError:
-        raise InvalidRequest(f"{name} must be {words}, not {quoted(params[name])}") from None
+TASK_PATH = "/api/tasks/{task_id}"
+NO_PATH = "/{path:path}"  # any other than those there are
+MOST_TITLE = 200  # characters
+MOST_QUESTION_ID = 64
+NOTHING: Mapping[str, Parameter] = {}
+PATH_PART = Parameter(None, "part of the path", {"type": "string"})
+EVENT_TYPES = Parameter(
+    [],
+    f"some of {','.join(EventType)}",
+    {"type": "array", "items": {"type": "string", "enum": [*EventType]}},
+)
+STREAM = {"after": whole_number(0), "types": EVENT_TYPES}
+SOCKET = {**STREAM, "start": switch(True)}
+EVENTS = {**STREAM, "limit": whole_number(1000, 1, 1000), "start": switch(False)}
+LOG_TYPES = ("application/json", "text/event-stream")
+FILE_TYPES = ("text/plain", "application/octet-stream")
+IDEMPOTENCY = {
+    "Idempotency-Key": Parameter(None, "1 to 255 characters", {"type": "string", "maxLength": 255})
+}
+PAGING = {
+    "page": whole_number(1, 1, 10**9),
+    "page_size": whole_number(10, 1, 100),
+    "status": Parameter(
+        None, f"one of {', '.join(TaskStatus)}", {"type": "string", "enum": [*TaskStatus]}
+    ),
+}
 
 
-def _whole(params: QueryParams, name: str, default: int, low: int = 0, high: int = 2**53) -> int:
-    """The default bounds are those of an event id: what a JavaScript client can count to."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,16}", text) or not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-
-    words = f"a whole number from {low} to {high}"
-    number: int = _query(params, name, default, parse, words)
-    return number
+def parse_query(params: QueryParams, known: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Raises InvalidRequest. The token is no parameter: who lets clients in has looked at it."""
+    refuse_unknown(set(params) - {"token"}, known, "query")
+    return parse_texts(params, known)
 
 
-def _types(params: QueryParams) -> frozenset[EventType] | None:
-    """The event types a client wants; None for all."""
+def parse_texts(given: Mapping[str, str], known: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Each parameter's value, or its default where nothing came. Raises InvalidRequest."""
+    values = {}
+    for name, parameter in known.items():
+        values[name] = parameter.default
+        text = given.get(name)
+        if text is None:
+            continue
+        try:
+            values[name] = parameter.parse(text)
+        except ValueError:
+            raise InvalidRequest(f"{name} must be {parameter.words}, not {quoted(text)}") from None
+    return values
 
-    def parse(text: str) -> frozenset[EventType] | None:
-        return frozenset(map(EventType, text.split(","))) if text else None
 
-    words = f"some of {','.join(EventType)}"
-    types: frozenset[EventType] | None = _query(params, "types", None, parse, words)
-    return types
+def wanted_types(names: Sequence[str]) -> frozenset[EventType] | None:
+    """None for all."""
+    return frozenset(map(EventType, names)) or None
+
+
+class Operation(NamedTuple):
+    """A route of the API: it hands its handler the parameters, and /openapi.json describes it."""
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[Response]]
+    statuses: Sequence[int] = (200,)
+    answer: type | None = None  # the class of what it answers, where it has one
+    query: Mapping[str, Parameter] = NOTHING
+    headers: Mapping[str, Parameter] = NOTHING
+    body: Callable[[Supervisor], Mapping[str, Any]] | None = None  # the schema of what it takes
+    media_types: Sequence[str] = ("application/json",)
+
+    def route(self) -> Route:
+        name = self.handler.__name__
+        return Route(self.path, self.respond, methods=[self.method], name=name)
+
+    async def respond(self, request: Request) -> Response:
+        values = parse_query(request.query_params, self.query)
+        for name, value in parse_texts(request.headers, self.headers).items():
+            values[name.lower().replace("-", "_")] = value
+        return await self.handler(request, **values)
+
+    def described(self, supervisor: Supervisor) -> dict[str, Any]:
+        """By OpenAPI 3.1."""
+        path = dict.fromkeys(re.findall(r"{(\w+)", self.path), PATH_PART)
+        places = {"path": path, "query": self.query, "header": self.headers}
+        parameters = [
+            {
+                "name": name,
+                "in": place,
+                "required": place == "path",
+                "schema": parameter.described(),
+                "explode": False,
+            }
+            for place, known in places.items()
+            for name, parameter in known.items()
+        ]
+        schema = schema_of(self.answer) if self.answer else {}
+        content = {each: {"schema": schema} for each in self.media_types}
+        responses: dict[str, Any] = {"default": {"description": "an error: its code and message"}}
+        for status in self.statuses:
+            given = {} if status == 204 else content
+            responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": given}
+        operation: dict[str, Any] = {
+            "operationId": self.handler.__name__,
+            "description": self.handler.__doc__ or "",
+            "parameters": parameters,
+            "responses": responses,
+        }
+        if self.body is not None:
+            taken = {"application/json": {"schema": self.body(supervisor)}}
+            operation["requestBody"] = {"required": True, "content": taken}
+        return operation
+
+
+def schema_of(kind: type) -> dict[str, Any]:
+    """Of what clients are sent of a class, by its annotations."""
+    names = {each: name for name, (*_, each) in JSON_KINDS.items()}
+    names |= {TaskStatus: "string", Mapping[str, Any]: "object", types.NoneType: "null"}
+    properties = {}
+    for name, hint in get_type_hints(kind).items():
+        if name not in ("conversation", "waiting", "answered"):  # which nobody is sent
+            kinds = [hint] if hint in names else get_args(hint)
+            properties[name] = {"type": [names[each] for each in kinds]}
+    return {"type": "object", "title": kind.__name__, "properties": properties}
 
 
 def check_access(connection: HTTPConnection) -> None:
@@ -6625,23 +6770,44 @@ def parse_text(body: Mapping[str, Any], name: str, longest: int) -> str:
     return value
 
 
-def check_fields(body: Mapping[str, Any], *fields: str) -> None:
-    """Raises InvalidRequest where there are others."""
-    unknown = sorted(set(body) - set(fields))
-    if unknown:
-        known = ", ".join(fields)
-        raise InvalidRequest(f"{quoted(unknown[0])} is unknown; the fields are {known}")
+def text_schema(longest: int) -> dict[str, Any]:
+    """Of what parse_text takes."""
+    return {"type": "string", "minLength": 1, "maxLength": longest, "pattern": r"\S"}
+
+
+def object_schema(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    closed = {"type": "object", "additionalProperties": False}
+    return {**closed, "properties": properties, "required": required}
+
+
+def task_schema(supervisor: Supervisor) -> dict[str, Any]:
+    settings = supervisor.settings
+    teams = supervisor.engine.teams
+    options = {
+        name: {**option.described(), "type": [option.schema["type"], "null"]}
+        for name, option in OPTIONS.items()
+    }
+    options["timeout"]["maximum"] = settings.task_timeout
+    options["team"]["enum"] = [*teams, None]
+    if not teams:
+        options["approve"]["items"] = {"type": "string", "enum": APPROVABLE}
+    fields = {
+        "input_prompt": text_schema(settings.max_prompt),
+        "title": {**text_schema(MOST_TITLE), "type": ["string", "null"]},
+        "options": object_schema(options),
+    }
+    return object_schema(fields, "input_prompt")
 
 
 def parse_task(
     body: Mapping[str, Any], settings: Settings, teams: Collection[str]
-) -> tuple[str, str, dict[str, Any]]:
+) -> tuple[str, str | None, dict[str, Any]]:
     """Prompt, title and options. Raises InvalidRequest, Forbidden."""
-    check_fields(body, "input_prompt", "title", "options")
+    refuse_unknown(body, ("input_prompt", "title", "options"), "body")
     prompt = parse_text(body, "input_prompt", settings.max_prompt)
-    title = prompt.strip().splitlines()[0][:80]
-    if "title" in body:
-        title = parse_text(body, "title", 200)
+    title = None
+    if body.get("title") is not None:
+        title = parse_text(body, "title", MOST_TITLE)
     options = parse_options(body.get("options", {}), settings.task_timeout, teams=teams)
     if options["run_tests"] and not settings.allow_run_tests:
         how = "a server started with --allow-run-tests does it"
@@ -6649,36 +6815,37 @@ def parse_task(
     return prompt, title, options
 
 
+def answer_schema(supervisor: Supervisor) -> dict[str, Any]:
+    answer = text_schema(supervisor.settings.max_prompt)
+    fields = {"question_id": text_schema(MOST_QUESTION_ID), "answer": answer}
+    return object_schema(fields, *fields)
+
+
 def parse_answer(body: Mapping[str, Any], settings: Settings) -> tuple[str, str]:
     """The question's id, and the text. Raises InvalidRequest."""
-    question_id = parse_text(body, "question_id", 64)
+    question_id = parse_text(body, "question_id", MOST_QUESTION_ID)
     return question_id, parse_text(body, "answer", settings.max_prompt)
 
 
-async def create_task(request: Request) -> Response:
+async def create_task(request: Request, idempotency_key: str | None) -> Response:
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings)
     prompt, title, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 255:
-        raise InvalidRequest("Idempotency-Key must be 1 to 255 characters")
-    task, created = await supervisor.submit(prompt, title, options, key)
-    location = request.url_for("task", task_id=task.id).path
+    task, created = await supervisor.submit(prompt, title, options, idempotency_key)
+    location = request.url_for("get_task", task_id=task.id).path
     return JSONLine(task.as_dict(), 201 if created else 200, {"Location": location})
 
 
-async def list_tasks(request: Request) -> Response:
-    params = request.query_params
-    page = _whole(params, "page", 1, 1, 10**9)
-    size = _whole(params, "page_size", 10, 1, 100)
-    status = _query(params, "status", None, TaskStatus, f"one of {', '.join(TaskStatus)}")
-    tasks, total = await _supervisor(request).store.page(status, (page - 1) * size, size)
+async def list_tasks(request: Request, page: int, page_size: int, status: str | None) -> Response:
+    wanted = None if status is None else TaskStatus(status)
+    first = (page - 1) * page_size
+    tasks, total = await _supervisor(request).store.page(wanted, first, page_size)
     answer = {
         "items": [task.as_dict() for task in tasks],
         "total": total,
         "page": page,
-        "page_size": size,
-        "total_pages": math.ceil(total / size),
+        "page_size": page_size,
+        "total_pages": math.ceil(total / page_size),
     }
     return JSONLine(answer)
 
@@ -6698,8 +6865,7 @@ async def get_state(request: Request) -> Response:
     return JSONLine(state.as_dict())
 
 
-async def run_task(request: Request) -> Response:
-    restart = _query(request.query_params, "restart", False, parse_bool, "true or false")
+async def run_task(request: Request, restart: bool) -> Response:
     task = await _supervisor(request).start(request.path_params["task_id"], restart)
     return JSONLine(task.as_dict(), 202)
 
@@ -6713,53 +6879,44 @@ async def answer_question(request: Request) -> Response:
     supervisor = _supervisor(request)
     task_id = request.path_params["task_id"]
     body = await _json_object(request, supervisor.settings)
-    check_fields(body, "question_id", "answer")
+    refuse_unknown(body, ("question_id", "answer"), "body")
     await supervisor.answer(task_id, *parse_answer(body, supervisor.settings))
-    return JSONLine(asdict(await supervisor.get(task_id)), 202)
+    return JSONLine((await supervisor.get(task_id)).as_dict(), 202)
 
 
-async def get_events(request: Request) -> Response:
-    """A page of the log; the live stream for a client that accepts text/event-stream."""
-    if "text/event-stream" in request.headers.get("accept", ""):
-        return await _stream_events(request)
+async def get_events(
+    request: Request, after: int, types: Sequence[str], limit: int, start: bool
+) -> Response:
+    """A page of the log; the live stream for a client that accepts text/event-stream, which with
+    `start` runs a task that was not started, and goes on after the header Last-Event-ID.
+    """
+    resume = request.headers.get("last-event-id")
+    if resume:
+        after = parse_texts({"after": resume}, STREAM)["after"]
     supervisor = _supervisor(request)
     task_id = request.path_params["task_id"]
-    types = _types(request.query_params)
-    after = _cursor(request)
-    limit = _whole(request.query_params, "limit", 1000, 1, 1000)
+    kinds = wanted_types(types)
     state = await supervisor.state(task_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        if request.method == "HEAD":
+            return Response(media_type=EventStream.media_type)
+        if start and state.status is TaskStatus.PENDING:
+            await supervisor.start(task_id)
+        # Any status but 200 keeps an EventSource from connecting again; other clients of its kind
+        # do so until they have read a stream to its end, which a 204 would not be.
+        has_all = state.status in ENDED and after >= state.last_event_id
+        status = 208 if resume and has_all else 200
+        return EventStream(supervisor.watch(task_id, after, kinds), status_code=status)
     events = await supervisor.store.read(task_id, after, limit)
     last = events[-1].id if events else state.last_event_id
-    wanted = [event.data for event in events if types is None or event.type in types]
+    wanted = [event.data for event in events if kinds is None or event.type in kinds]
     more = encode(last < state.last_event_id)
     found = b",".join(wanted).decode()
     text = f'{{"events":[{found}],"last_event_id":{last},"has_more":{more}'
     first = events[0].id if events else last + 1
     if first > after + 1:  # dropped, or lost by the store
         text += f',"missing":[{after + 1},{first - 1}]'
-    return Response(text + "}", media_type="application/json")
-
-
-def _cursor(request: Request) -> int:
-    """The last event a client has: the header with which an EventSource resumes wins."""
-    resume = request.headers.get("last-event-id")
-    if not resume:
-        return _whole(request.query_params, "after", 0)
-    return _whole(QueryParams({"after": resume}), "after", 0)
-
-
-async def _stream_events(request: Request) -> Response:
-    supervisor = _supervisor(request)
-    task_id = request.path_params["task_id"]
-    types = _types(request.query_params)
-    after = _cursor(request)
-    state = await supervisor.state(task_id)
-    resumes = request.headers.get("last-event-id")
-    if resumes and state.status in ENDED and after >= state.last_event_id:
-        return Response(status_code=204)  # which keeps an EventSource from connecting again
-    if request.method == "HEAD":
-        return Response(media_type="text/event-stream")
-    return EventStream(supervisor.watch(task_id, after, types))
+    return Response(text + "}\n", media_type="application/json")
 
 
 async def list_artifacts(request: Request) -> Response:
@@ -6939,17 +7096,22 @@ async def get_page(request: Request) -> Response:
     return HTMLResponse(PAGE.replace("NONCE", nonce), headers=headers)
 
 
-def connected_message(subscription: Subscription) -> str:
+def connected_message(subscription: Subscription, starts: bool = False) -> str:
+    """`starts`: its client is about to start a task that was not."""
     broker = subscription.broker
     task = broker.task
     note = " (test mode: a scripted team)" if task.mode == "test" else ""
+    state = broker.state
+    untouched = broker.claim is None and state.last_message is None and not state.last_event_id
+    if untouched and not starts and task.status is TaskStatus.PENDING:
+        note += f"; not started: POST /api/tasks/{task.id}/run, or connect with start=true"
     data = {
         "task_id": task.id,
-        "message": f"watching {quoted(task.title)}{note}",
+        "message": f"watching {quoted(task.headline)}{note}",
         "mode": task.mode,
         "status": task.status,
         "first_event_id": subscription.first_event_id,
-        "last_event_id": broker.state.last_event_id,
+        "last_event_id": state.last_event_id,
         "recovered": subscription.recovered,
     }
     return envelope("connected", data)
@@ -6989,9 +7151,10 @@ class EventStream(StreamingResponse):
         self,
         watching: contextlib.AbstractAsyncContextManager[Subscription],
         headers: Mapping[str, str] | None = None,
+        status_code: int = 200,
     ) -> None:
         self._watching = watching
-        super().__init__((), headers={**self.HEADERS, **(headers or {})})
+        super().__init__((), status_code, {**self.HEADERS, **(headers or {})})
 
     async def stream_response(self, send: Send) -> None:
         async with self._watching as subscription:
@@ -7036,7 +7199,8 @@ class SocketStream:
             if refusal is not None:
                 raise refusal
             await self._stream()
-            await self._websocket.close(1000)
+            status = self._subscription.broker.task.status
+            await self._websocket.close(1000, f"the task has ended: {status}")
         except (WebSocketDisconnect, WebSocketDisconnected):  # seen by who listens, or who sends
             return
         except StreamerError as error:
@@ -7049,23 +7213,25 @@ class SocketStream:
 
     def _parse(self) -> tuple[bool, contextlib.AbstractAsyncContextManager[Subscription]]:
         connection = HTTPConnection(self._websocket.scope)  # an idle socket keeps no query
-        params = connection.query_params
-        start = _query(params, "start", True, parse_bool, "true or false")
-        after = _whole(params, "after", 0)
-        types = _types(params)
-        task_id = connection.path_params.get("task_id", connection.url.path)  # or no task's path
-        return start, self._supervisor.watch(task_id, after, types)
+        if "task_id" not in connection.path_params:
+            raise PathNotFound(f"{quoted(connection.url.path)} not found; {paths_text(connection)}")
+        query = parse_query(connection.query_params, SOCKET)
+        task_id = connection.path_params["task_id"]
+        watching = self._supervisor.watch(task_id, query["after"], wanted_types(query["types"]))
+        return query["start"], watching
 
     async def _end(self, error: StreamerError) -> None:
         message = envelope("error", error.as_dict())
+        reason = str(error).encode()[:123].decode(errors="ignore")  # no close frame holds more
         if isinstance(error, SlowClient) and self._frames:
             seconds = self._supervisor.settings.send_timeout
-            self._frames["close_then_abort"](text_frame(message), error.close_code, seconds)
+            close = self._frames["close_then_abort"]
+            close(text_frame(message), error.close_code, reason, seconds)
             return
         gone = (WebSocketDisconnect, WebSocketDisconnected)
         with contextlib.suppress(*gone), anyio.move_on_after(1):  # one that stalls takes neither
             await self._websocket.send_text(message)
-            await self._websocket.close(error.close_code)
+            await self._websocket.close(error.close_code, reason)
 
     async def _converse(self, start: bool) -> None:
         """Until the task has ended. Raises WebSocketDisconnect when the client goes, and
@@ -7082,7 +7248,7 @@ class SocketStream:
 
     async def _deliver_all(self, start: bool) -> None:
         broker = self._subscription.broker
-        await self._websocket.send_text(connected_message(self._subscription))
+        await self._websocket.send_text(connected_message(self._subscription, start))
         if self._frames:
             self._subscription.write_directly(self._frames["write"])
         deliveries = aiter(self._subscription)
@@ -7133,24 +7299,53 @@ class SocketStream:
             raise InvalidRequest(f"expected {expected}, not {came}")
 
 
-ROUTES = [
-    Route("/", get_page),
-    Route("/healthz", get_health),
-    Route("/metrics", get_metrics),
-    Route("/api/tasks", create_task, methods=["POST"]),
-    Route("/api/tasks", list_tasks),
-    Route("/api/tasks/{task_id}", get_task, name="task"),
-    Route("/api/tasks/{task_id}", delete_task, methods=["DELETE"]),
-    Route("/api/tasks/{task_id}/state", get_state),
-    Route("/api/tasks/{task_id}/run", run_task, methods=["POST"]),
-    Route("/api/tasks/{task_id}/cancel", cancel_task, methods=["POST"]),
-    Route("/api/tasks/{task_id}/answers", answer_question, methods=["POST"]),
-    Route("/api/tasks/{task_id}/events", get_events),
-    Route("/api/tasks/{task_id}/artifacts", list_artifacts),
-    Route("/api/tasks/{task_id}/artifacts.zip", get_zip),
-    Route("/api/tasks/{task_id}/artifacts/{path:path}", get_artifact),
+def paths_text(connection: HTTPConnection) -> str:
+    """What there is, for a client that asked for something else."""
+    root = connection.scope.get("root_path", "")
+    paths = (route.path_format for route in connection.app.routes if route.path != NO_PATH)
+    return f"the paths are {', '.join(root + path for path in dict.fromkeys(paths))}"
+
+
+async def get_openapi(request: Request) -> Response:
+    """This description of the API, by OpenAPI 3.1."""
+    supervisor = _supervisor(request)
+    paths: dict[str, dict[str, Any]] = defaultdict(dict)
+    for operation in request.app.state.operations:
+        path = operation.path.replace(":path", "")
+        paths[path][operation.method.lower()] = operation.described(supervisor)
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "streamer", "version": __version__},
+        "servers": [{"url": request.scope.get("root_path") or "/"}],
+        "paths": paths,
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"token": []}] if supervisor.settings.token else [],
+    }
+    return JSONLine(document)
+
+
+OPERATIONS = [
+    Operation("GET", "/openapi.json", get_openapi),
+    Operation("GET", "/healthz", get_health, (200, 503)),
+    Operation("GET", "/metrics", get_metrics, media_types=["text/plain"]),
+    Operation("POST", "/api/tasks", create_task, (201, 200), Task, {}, IDEMPOTENCY, task_schema),
+    Operation("GET", "/api/tasks", list_tasks, query=PAGING),
+    Operation("GET", TASK_PATH, get_task, answer=Task),
+    Operation("DELETE", TASK_PATH, delete_task, (204,)),
+    Operation("GET", f"{TASK_PATH}/state", get_state, answer=TaskState),
+    Operation("POST", f"{TASK_PATH}/run", run_task, (202,), Task, {"restart": switch(False)}),
+    Operation("POST", f"{TASK_PATH}/cancel", cancel_task, (202,), Task),
+    Operation("POST", f"{TASK_PATH}/answers", answer_question, (202,), Task, body=answer_schema),
+    Operation(
+        "GET", f"{TASK_PATH}/events", get_events, (200, 208), query=EVENTS, media_types=LOG_TYPES
+    ),
+    Operation("GET", f"{TASK_PATH}/artifacts", list_artifacts),
+    Operation("GET", f"{TASK_PATH}/artifacts.zip", get_zip, media_types=["application/zip"]),
+    Operation("GET", f"{TASK_PATH}/artifacts/{{path:path}}", get_artifact, media_types=FILE_TYPES),
+]
+SOCKET_ROUTES = [
     WebSocketRoute("/ws/tasks/{task_id}", SocketStream),
-    WebSocketRoute("/{path:path}", SocketStream),
+    WebSocketRoute(NO_PATH, SocketStream),
 ]
 
 
@@ -7525,10 +7720,18 @@ async def post_ag_ui(request: Request) -> Response:
     return TranslatedStream(supervisor, turn, translator)
 
 
-PROTOCOL_ROUTES = [
-    Route("/api/chat", post_chat, methods=["POST"]),
-    Route("/api/chat/{conversation:path}/stream", get_chat),
-    Route("/ag-ui", post_ag_ui, methods=["POST"]),
+def conversation_schema(supervisor: Supervisor) -> dict[str, Any]:
+    """Its protocol says the rest."""
+    messages = {"type": "array", "items": {"type": "object"}}
+    return {"type": "object", "required": ["messages"], "properties": {"messages": messages}}
+
+
+STREAMED = [EventStream.media_type]
+CHAT_STREAM = "/api/chat/{conversation:path}/stream"
+PROTOCOL_OPERATIONS = [
+    Operation("POST", "/api/chat", post_chat, body=conversation_schema, media_types=STREAMED),
+    Operation("GET", CHAT_STREAM, get_chat, (200, 204), media_types=STREAMED),
+    Operation("POST", "/ag-ui", post_ag_ui, body=conversation_schema, media_types=STREAMED),
 ]
 
 
@@ -7558,6 +7761,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = error.detail.lower().replace(" ", "_")
     message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
+    if error.status_code == 404:
+        message += f"; {paths_text(request)}"
     answer = {"error": {"code": code, "message": message}}
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of the first route of several
@@ -7721,14 +7926,16 @@ def _create_app(
         async with supervisor.open():
             yield
 
+    operations = [*OPERATIONS, *PROTOCOL_OPERATIONS]
     app = Starlette(
-        routes=[*ROUTES, *PROTOCOL_ROUTES],
+        routes=[Route("/", get_page), *(each.route() for each in operations), *SOCKET_ROUTES],
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_fault},
         lifespan=lifespan,
         middleware=_middleware(settings),
     )
     app.router.redirect_slashes = False  # a redirect would repeat the token
     app.state.supervisor = supervisor
+    app.state.operations = operations
     return app
 
 
@@ -7799,8 +8006,9 @@ class FrameProtocol(WebSocketsSansIOProtocol):
         self.transport.write(frames)
         return True
 
-    def close_then_abort(self, frames: bytes, code: int, seconds: float) -> None:
-        self.transport.write(frames + struct.pack("!BBH", 0x88, 2, code))  # a close frame
+    def close_then_abort(self, frames: bytes, code: int, reason: str, seconds: float) -> None:
+        payload = struct.pack("!H", code) + reason.encode()
+        self.transport.write(frames + bytes((0x88, len(payload))) + payload)  # a close frame
         self.close_sent = True
         self.transport.close()
         self.loop.call_later(seconds, self.transport.abort)

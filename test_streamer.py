@@ -56,7 +56,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import anyio
 import anyio.lowlevel
@@ -910,6 +910,10 @@ NODE_PACKAGES = {
     "react-dom": "19",
     "esbuild": "0",
     "axe-core": "4",
+    "@microsoft/fetch-event-source": "2.0.1",
+    "eventsource": "4.1.1",
+    "express": "5.3.0",
+    "compression": "1.8.2",
 }
 
 
@@ -6671,7 +6675,7 @@ BAD_BODIES: list[tuple[bytes, int, str]] = [
     (b'{"input_prompt": "' + b"x" * 101 + b'"}', 400, "it has 101"),
     (b'{"input_prompt": "' + b"x" * 100_000 + b'"}', 413, "the body must be at most"),
     (b'{"input_prompt": "\\ud800"}', 400, "input_prompt must be Unicode text"),
-    (b'{"input_prompt": "x", "title": null}', 400, "title must be a string, not null"),
+    (b'{"input_prompt": "x", "title": 7}', 400, "title must be a string, not the number 7"),
     (b'{"input_prompt": "x", "Title": "y"}', 400, "'Title' is unknown"),
 ]
 BAD_OPTIONS = [
@@ -6748,6 +6752,124 @@ def test_bad_queries_name_the_parameter(tmp_path: Path, path: str, message: str)
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "invalid_request"
         assert message in response.json()["error"]["message"]
+
+
+def test_unknown_parameters_are_refused_on_every_route(tmp_path: Path) -> None:
+    """A 400 names those there are, before anything is done; the page takes any, a token is none."""
+    with live(burst(1), tmp_path) as client:
+        task_id = client.create()
+        for operation in streamer.OPERATIONS + streamer.PROTOCOL_OPERATIONS:
+            path = operation.path.replace("{task_id}", task_id)
+            response = client.http.request(operation.method, f"{path}?since_event_id=1&token=x")
+            names = ", ".join(operation.query) or "none"
+            wrong = f"query: 'since_event_id' is unknown; there are: {names}"
+            assert (response.status_code, response.json()["error"]["message"]) == (400, wrong), path
+        assert client.http.get("/?since_event_id=1").status_code == 200
+        assert client.get(f"/api/tasks/{task_id}?token=x")["status"] == "PENDING"
+        known = ", ".join(streamer.EVENTS)
+        assert known == "after, types, limit, start"
+
+
+def test_paths_that_are_none_name_those_there_are(tmp_path: Path) -> None:
+    """Over HTTP and over the socket, whose task is then not said to be missing."""
+    with live(burst(1), tmp_path) as client:
+        for path in ("/nope", "/api/tasks/", "/ws/tasks/x"):
+            error = client.http.get(path).json()["error"]
+            assert error["code"] == "not_found"
+            assert error["message"].startswith(
+                f"GET '{path}': Not Found; the paths are /, /openapi"
+            )
+            assert "/ws/tasks/{task_id}" in error["message"]
+            assert "{path}," in error["message"]
+            assert "/{path}," not in error["message"].replace("artifacts/{path}", "")
+        websocket = connect(f"{client.url.replace('http', 'ws', 1)}/ws", open_timeout=TIMEOUT)
+        [refused] = watched(websocket).data("error")
+        assert refused["code"] == "not_found"
+        assert refused["message"].startswith("'/ws' not found; the paths are /, /openapi.json,")
+        assert websocket.close_code == 4404
+
+
+def test_title_is_null_where_none_was_given(tmp_path: Path) -> None:
+    """What shows a title shows the prompt's first line then."""
+    with live(burst(1), tmp_path) as client:
+        for title, shown in ((None, "one"), ("Mine", "Mine")):
+            body = {"input_prompt": "\none\ntwo", "title": title}
+            task = client.http.post("/api/tasks", json=body).json()
+            assert (task["title"], client.get(f"/api/tasks/{task['id']}")) == (title, task)
+            record = client.watch(task["id"])
+            assert record.data("connected")[0]["message"].startswith(f"watching '{shown}' (test")
+            assert record.events[0]["payload"]["message"] == shown
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    """JSON knows no difference; null is how a task shows that an option was not given."""
+    with live(burst(1), tmp_path) as client:
+        options = {"n_round": 7.0, "investment": 2, "code_review": None, "timeout": None}
+        task = client.get(f"/api/tasks/{client.create(options=options)}")
+        assert json.dumps(task["options"]["n_round"]) == "7"
+        assert task["options"]["code_review"] is True
+        assert task["options"]["timeout"] == 3600
+
+
+def test_openapi_describes_what_is_checked(tmp_path: Path) -> None:
+    """The server's own limits, the options, each route's parameters and answers; by token."""
+    bearer = {"Authorization": "Bearer secret-token"}
+    limits: Any = {"max_prompt": 100, "task_timeout": 60.0, "token": "secret-token"}
+    with live(burst(1), tmp_path, **limits) as client:
+        assert client.http.get("/openapi.json").status_code == 401
+        document = client.http.get("/openapi.json", headers=bearer).json()
+    assert (document["openapi"], document["security"]) == ("3.1.0", [{"token": []}])
+    create = document["paths"]["/api/tasks"]["post"]
+    body = create["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["input_prompt"]
+    assert body["properties"]["input_prompt"]["maxLength"] == 100
+    options = body["properties"]["options"]
+    assert (list(options["properties"]), options["additionalProperties"]) == (
+        [*streamer.OPTIONS],
+        False,
+    )
+    assert options["properties"]["n_round"] == {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": 50,
+        "default": 5,
+        "description": "a whole number from 1 to 50",
+    }
+    assert options["properties"]["timeout"]["maximum"] == 60
+    assert [each["name"] for each in create["parameters"]] == ["Idempotency-Key"]
+    assert list(create["responses"]) == ["default", "201", "200"]
+    task = create["responses"]["201"]["content"]["application/json"]["schema"]["properties"]
+    assert task["title"] == {"type": ["string", "null"]}
+    events = document["paths"]["/api/tasks/{task_id}/events"]["get"]
+    assert [(each["name"], each["in"]) for each in events["parameters"]] == [
+        ("task_id", "path"),
+        *((name, "query") for name in ("after", "types", "limit", "start")),
+    ]
+
+
+# Two bodies are other protocols', whose clients send more than is told of them here.
+SCHEMATHESIS = """
+warnings = false
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 403, 404, 409, 422, 429]
+[[operations]]
+include-path = ["/api/chat", "/ag-ui"]
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400]
+"""
+
+
+def test_openapi_is_what_the_service_does(tmp_path: Path) -> None:
+    """schemathesis finds no request that is answered otherwise than it is described."""
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    command = [needs("schemathesis"), "run", "--checks=all", "--max-examples=2", "--seed=1"]
+    command += ["--phases=coverage,fuzzing,stateful", "--generation-database=none"]
+    with live(burst(1), tmp_path / "workspace", max_waiting=1000) as client:
+        command.append(f"{client.url}/openapi.json")
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    count = len(streamer.OPERATIONS + streamer.PROTOCOL_OPERATIONS) - 1  # not the description
+    assert f"Tested: {count}" in found.stdout
 
 
 def test_body_that_never_comes_times_out(tmp_path: Path) -> None:
@@ -6877,6 +6999,20 @@ def test_socket_refusals_are_readable(
     assert record.close_code == code
 
 
+def test_socket_closes_with_a_reason(tmp_path: Path) -> None:
+    """How the task ended, or as much of the error as a close frame holds."""
+    with live(burst(1), tmp_path) as client:
+        unknown = "query: 'since_event_id' is unknown; there are: after, types, start"
+        for task_id, query, code, reason in (
+            (client.create(), "", 1000, "the task has ended: SUCCEEDED"),
+            (client.create(), "since_event_id=0", 1008, unknown),
+            ("é" * 60, "", 4404, f"task '{'é' * 58}"),
+        ):
+            websocket = client.socket(quote(task_id), query)
+            watched(websocket)
+            assert (websocket.close_code, websocket.close_reason) == (code, reason)
+
+
 def test_socket_chooses_an_offered_subprotocol(tmp_path: Path) -> None:
     """The first, as a browser ends the connection where none is chosen; also to refuse it."""
     with live(burst(1), tmp_path) as client:
@@ -6971,7 +7107,7 @@ def test_slow_client_is_closed_and_delays_nobody(tmp_path: Path) -> None:
 
 
 def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
-    """The same messages; ids on events; resumes by Last-Event-ID; 204 when no more will come."""
+    """The same messages; ids on events; resumes by Last-Event-ID; 208 when no more will come."""
     with live(burst(5), tmp_path) as client:
         task_id = client.create()
         over_socket = client.watch(task_id).messages
@@ -6992,12 +7128,106 @@ def test_sse_is_the_sockets_twin(tmp_path: Path) -> None:
         assert [int(block["id"]) for block in blocks if "id" in block] == list(range(1, 9))
         resumed = client.http.get(path, headers={**accept, "Last-Event-ID": "7"})
         assert re.findall(r"^id: (\d+)$", resumed.text, re.MULTILINE) == ["8"]
-        assert client.http.get(path, headers={**accept, "Last-Event-ID": "8"}).status_code == 204
+        again = client.http.get(path, headers={**accept, "Last-Event-ID": "8"})
+        assert (again.status_code, again.headers["content-type"][:17]) == (208, "text/event-stream")
         assert client.http.get("/api/tasks/nope/events", headers=accept).status_code == 404
 
 
+def test_sse_starts_a_task_that_was_not(tmp_path: Path) -> None:
+    """With start=true, once; without it, its first message says what starts it."""
+    accept = {"Accept": "text/event-stream"}
+    with live(burst(1), tmp_path) as client:
+        task_id = client.create()
+        path = f"/api/tasks/{task_id}/events"
+        how = f"not started: POST /api/tasks/{task_id}/run, or connect with start=true"
+        with client.http.stream("GET", path, headers=accept) as stream:
+            assert how in next(stream.iter_lines())
+        with client.socket(task_id, "start=false") as websocket:
+            assert how in websocket.recv(decode=True)
+        client.http.head(f"{path}?start=true", headers=accept)
+        client.get(f"{path}?start=true")
+        assert client.get(f"/api/tasks/{task_id}")["status"] == "PENDING"
+        for _ in range(2):
+            text = client.http.get(f"{path}?start=true", headers=accept).text
+            assert ("not started" in text, text.count("TASK_START")) == (False, 1)
+            assert '"status":"SUCCEEDED"' in text
+        assert "not started" not in client.watch(client.create()).texts[0]
+
+
+SSE_CLIENTS = """
+import { fetchEventSource } from '@microsoft/fetch-event-source';
+import { EventSource } from 'eventsource';
+const url = process.argv[2];
+globalThis.window = globalThis;  // the first is made for pages
+globalThis.document = { addEventListener() {}, removeEventListener() {} };
+let seen = [];
+const note = ({ data }) => seen.push(JSON.parse(data).type);
+function onerror(error) { throw error; }
+obey({
+  fetch: headers => fetchEventSource(url, { headers, onmessage: note, onerror }),
+  source: () => new Promise(resolve => {
+    const source = new EventSource(url);
+    source.onmessage = note;
+    source.onerror = () => {
+      seen.push('error');
+      if (source.readyState === EventSource.CLOSED) resolve();
+    };
+  }),
+}, () => ({ seen: seen.splice(0) }));
+"""
+
+
+def test_sse_clients_are_content_at_the_end(tmp_path: Path) -> None:
+    """One gives up at anything but a 200, the other once it has read a stream to its end."""
+    with live(burst(0), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        url = f"{client.url}/api/tasks/{task_id}/events"
+        whole = ["connected", "state", "event", "event", "event", "state"]
+        with front_end(tmp_path / "node", SSE_CLIENTS, url) as clients:
+            assert clients("fetch", {})["seen"] == whole
+            resumed = clients("fetch", {"last-event-id": "3"})
+            assert resumed["seen"] == ["connected", "state"]
+            assert clients("source")["seen"] == [*whole, "error", "error"]
+
+
+COMPRESSING_PROXY = """
+import compression from 'compression';
+import express from 'express';
+import { request } from 'node:http';
+const app = express();
+app.use(compression({ threshold: 0 }));
+app.use(({ method, url, headers }, response) => request(process.argv[2] + url,
+  { method, headers: { ...headers, host: 'localhost' } }, answer => {
+    response.writeHead(answer.statusCode, answer.headers);
+    answer.pipe(response);
+  }).end());
+const server = app.listen(0, '127.0.0.1');
+await new Promise(resolve => server.once('listening', resolve));
+obey({}, () => server.address());
+"""
+
+
+def test_sse_comes_at_once_through_a_proxy_that_compresses(tmp_path: Path) -> None:
+    """express with `compression()`, which compresses another answer."""
+    gate = Gate()
+    with (
+        live(gate, tmp_path) as client,
+        front_end(tmp_path / "node", COMPRESSING_PROXY, client.url) as proxy,
+        httpx2.Client(base_url=f"http://127.0.0.1:{proxy('look')['port']}") as http,
+    ):
+        page = http.get("/")
+        assert page.headers["content-encoding"] in ("gzip", "br")
+        path = f"/api/tasks/{client.create()}/events?start=true"
+        with http.stream("GET", path, headers={"Accept": "text/event-stream"}) as stream:
+            lines = stream.iter_lines()
+            assert any('"message":"before"' in line for line in lines)
+            gate.go.set()
+            assert any('"status":"SUCCEEDED"' in line for line in lines)
+
+
 def test_sse_of_some_types_comes_to_an_end(tmp_path: Path) -> None:
-    """A state says up to where the client has all that it wants, so that 204 ends it."""
+    """A state says up to where the client has all that it wants, so that 208 ends it."""
     with live(burst(5), tmp_path) as client:
         task_id = client.create()
         client.watch(task_id)
@@ -7008,7 +7238,7 @@ def test_sse_of_some_types_comes_to_an_end(tmp_path: Path) -> None:
         )
         assert ids == [("0", "state"), ("1", "event"), ("8", "state")]
         ended = client.http.get(path, headers={**accept, "Last-Event-ID": "8"})
-        assert (ended.status_code, ended.text) == (204, "")
+        assert (ended.status_code, ended.text.count('"type":"event"')) == (208, 0)
         for resume, first in (("", "0"), ("1", "1")):
             text = client.http.get(path, headers={**accept, "Last-Event-ID": resume}).text
             assert re.findall(r"^id: (\d+)$", text, re.M)[0] == first
@@ -7813,6 +8043,25 @@ def test_origins_of_other_pages_are_refused(tmp_path: Path) -> None:
         denied = client.http.options("/api/tasks", headers={"Origin": own, **preflight})
         assert denied.status_code == 403  # the own page of another port
         assert "access-control-allow-origin" not in denied.headers
+
+
+def test_allowed_page_may_send_credentials_and_reach_loopback(tmp_path: Path) -> None:
+    """What a browser asks before it sends them, and before the internet's page may come here."""
+    origin = "https://app.example.com"
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    with live(burst(1), tmp_path, allowed_origins=(origin,)) as client:
+        told = client.http.options("/api/tasks", headers=asked)
+        assert told.status_code == 200
+        assert told.headers["access-control-allow-origin"] == origin
+        assert told.headers["access-control-allow-credentials"] == "true"
+        assert told.headers["access-control-allow-private-network"] == "true"
+        response = client.http.get("/api/tasks", headers={"Origin": origin, "Cookie": "a=b"})
+        assert response.headers["access-control-allow-origin"] == origin
 
 
 def test_hosts_by_other_names_are_refused(tmp_path: Path) -> None:
@@ -10398,8 +10647,8 @@ def test_readme_names_every_setting_and_route() -> None:
     """The README's tables are complete."""
     text = (HERE / "README.md").read_text()
     missing = [name for name in Settings.__dataclass_fields__ if f"`{name}`" not in text]
-    routes = [str(vars(route)["path"]) for route in streamer.ROUTES]
-    paths = {path.replace("task_id", "id").replace(":path", "") for path in routes}
+    operations = [operation.path for operation in streamer.OPERATIONS]
+    paths = {path.replace("task_id", "id").replace(":path", "") for path in operations}
     missing += sorted(path for path in paths if path not in text)
     missing += [kind for kind in EventType if f"`{kind}`" not in text]
     assert missing == []
