@@ -7744,55 +7744,6 @@ def test_ai_sdk_conversation_outlives_the_server(tmp_path: Path) -> None:
                 assert second.client.get("/api/tasks")["total"] == 2
 
 
-REACT_APP = """
-import { createRoot } from 'react-dom/client';
-import { createElement as h, useState } from 'react';
-import { useChat } from '@ai-sdk/react';
-import { DefaultChatTransport } from 'ai';
-const api = new URLSearchParams(location.search).get('api');
-const transport = new DefaultChatTransport({ api, credentials: 'include' });
-function App() {
-  const { messages, sendMessage, status, error } = useChat({ id: 'c', resume: true, transport });
-  const [text, setText] = useState('');
-  const shown = ({ parts }) => parts.filter(part => part.type === 'text').map(part => part.text);
-  return h('form', { onSubmit: event => { event.preventDefault(); sendMessage({ text }); } },
-    h('input', { value: text, onChange: event => setText(event.target.value) }),
-    h('output', { id: 'status' }, status, error?.message),
-    messages.map(each => h('pre', { key: each.id, className: each.role }, shown(each))));
-}
-createRoot(document.body).render(h(App));
-"""
-
-
-def test_react_app_of_another_origin_uses_chat(tmp_path: Path, chromium: Any) -> None:
-    """`useChat` in a browser, from an origin that is allowed: a run, a reload in its middle."""
-    (tmp_path / "node_modules").symlink_to(node_modules())
-    (tmp_path / "app.mjs").write_text(REACT_APP)
-    build = ["--bundle", "app.mjs", "--outfile=app.js", "--define:process.env.NODE_ENV='\"x\"'"]
-    esbuild = str(tmp_path / "node_modules" / ".bin" / "esbuild")
-    subprocess.run([esbuild, *build, "--log-level=error"], cwd=tmp_path, check=True)
-    code = (tmp_path / "app.js").read_text()
-
-    async def page(request: Request) -> Response:
-        script = code.replace("</script", "<\\/script")
-        return Response(f"<body></body><script>{script}</script>", media_type="text/html")
-
-    site = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", page)]), log_level="error"))
-    team = TwoAtOnce()
-    with serving(site, loopback()) as origin, live(team, tmp_path, allowed_origins=(origin,)) as to:
-        chromium.goto(f"{origin}/?api={to.url}/api/chat")
-        chromium.fill("input", "two")
-        chromium.press("input", "Enter")
-        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
-        chromium.reload()
-        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
-        team.go.set()
-        chromium.wait_for_selector("#status:has-text('ready')")
-        shown = str(chromium.text_content("pre.assistant"))
-        assert [shown.count(f"{number} {ODD_TEXT}") for number in range(10)] == 10 * [4]
-        assert to.get("/api/tasks")["total"] == 1
-
-
 BAD_CHATS: list[tuple[Any, str]] = [
     ({}, "messages must be an array, not null"),
     ({"messages": []}, "messages must hold one whose role is user: its text is the prompt"),
@@ -10487,7 +10438,7 @@ def test_readme_configurations_are_complete(
     """Each of MetaGPT's configurations passes the checks of the start; its values are text."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".metagpt").mkdir()
-    examples = readme_example("yaml", "llm:").split("\n\n")
+    examples = readme_example("yaml", "llm:").splitlines()
     vendors = []
     for example in examples:
         (tmp_path / ".metagpt" / "config2.yaml").write_text(example.replace("…", "0123456789"))
@@ -10583,6 +10534,67 @@ def test_readme_javascript_client_runs(tmp_path: Path, chromium: Any) -> None:
     assert said[1:-1] == [*(f"LOG line {n}" for n in range(3)), "RESULT done", "TASK_COMPLETE done"]
 
 
+def test_readme_react_example_of_another_origin_runs(tmp_path: Path, chromium: Any) -> None:
+    """`useChat` from an origin that is allowed: a run, a reload in its middle, a cancel."""
+    (tmp_path / "node_modules").symlink_to(node_modules())
+    bundler = str(tmp_path / "node_modules" / ".bin" / "esbuild")
+    build = [bundler, "--bundle", "app.jsx", "--outfile=app.js", "--jsx=automatic"]
+    build += ["--define:process.env.NODE_ENV='x'", "--log-level=error"]
+    code = readme_example("jsx", "useChat")
+    code = code.replace("Transport({", 'Transport({ credentials: "include",')
+    code += "import { createRoot } from 'react-dom/client';\n"
+    code += "createRoot(document.body).render(<Team id='a b/c?' />);\n"
+
+    async def page(request: Request) -> Response:
+        script = (tmp_path / "app.js").read_text().replace("</script", "<\\/script")
+        return Response(f"<body></body><script>{script}</script>", media_type="text/html")
+
+    site = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", page)]), log_level="error"))
+    team = TwoAtOnce()
+    with serving(site, loopback()) as origin, live(team, tmp_path, allowed_origins=(origin,)) as to:
+        (tmp_path / "app.jsx").write_text(code.replace("http://127.0.0.1:8000", to.url))
+        subprocess.run(build, cwd=tmp_path, check=True)
+        chromium.goto(origin)
+        chromium.fill("input", "two")
+        chromium.press("input", "Enter")
+        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
+        chromium.reload()
+        chromium.wait_for_selector("pre.assistant:has-text('4 <script>')")
+        team.go.set()
+        chromium.wait_for_selector("output:has-text('ready')")
+        shown = str(chromium.text_content("pre.assistant"))
+        assert [shown.count(f"{number} {ODD_TEXT}") for number in range(10)] == 10 * [4]
+        team.go.clear()
+        chromium.fill("input", "one that is cancelled")
+        chromium.press("input", "Enter")
+        answer = "pre.user:has-text('cancelled') + pre.assistant:has-text('4 <script>')"
+        chromium.wait_for_selector(answer)
+        chromium.click("button")
+        chromium.wait_for_selector("output:has-text('ready')")
+        tasks = to.get("/api/tasks")["items"]
+        assert [(task["status"], task["options"]["n_round"]) for task in tasks] == [
+            ("CANCELLED", 3),
+            ("SUCCEEDED", 3),
+        ]
+
+
+def test_readme_ag_ui_example_runs(tmp_path: Path) -> None:
+    """It prints what the team says and logs, and the result."""
+    (tmp_path / "node_modules").symlink_to(node_modules())
+    team = TwoAtOnce()
+    team.go.set()
+    with live(team, tmp_path) as server:
+        code = readme_example("js", "await agent.runAgent")
+        (tmp_path / "client.mjs").write_text(code.replace("http://127.0.0.1:8000", server.url))
+        command = ["node", "client.mjs"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        (task,) = server.get("/api/tasks")["items"]
+    assert done.stdout.startswith("REASONING hm\n0 <script>")
+    assert [done.stdout.count(f"{number} {ODD_TEXT}") for number in range(10)] == 10 * [4]
+    assert done.stdout.endswith("ERROR Bob stumbled\nresult { message: 'done', answer: 42 }\n")
+    assert task["options"]["n_round"] == 3
+
+
 def test_readme_mounting_example_runs(tmp_path: Path) -> None:
     code = readme_example("python", "Mount(")
     code += "from starlette.testclient import TestClient\n"
@@ -10623,6 +10635,8 @@ def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
     """The Compose file and the unit: by their own tools where installed, their syntax anywhere."""
     compose = readme_example("yaml", "services:")
     services = yaml.safe_load(compose)["services"]
+    install = "pip install --no-cache-dir --no-deps --ignore-requires-python -r requirements.txt"
+    assert install in services["streamer"]["build"]["dockerfile_inline"]  # once, at no start
     assert services["streamer"]["healthcheck"]["test"][:2] == ["CMD", "python"]
     compile(services["streamer"]["healthcheck"]["test"][3], "healthcheck", "exec")
     (tmp_path / "compose.yaml").write_text(compose)
@@ -10649,29 +10663,32 @@ def test_readme_names_every_setting_and_route() -> None:
     missing = [name for name in Settings.__dataclass_fields__ if f"`{name}`" not in text]
     operations = [operation.path for operation in streamer.OPERATIONS]
     paths = {path.replace("task_id", "id").replace(":path", "") for path in operations}
-    missing += sorted(path for path in paths if path not in text)
+    missing += sorted(path for path in paths if f" {path}`" not in text)  # behind its method
     missing += [kind for kind in EventType if f"`{kind}`" not in text]
     assert missing == []
 
 
+def test_readme_samples_are_whole(scripted: Client) -> None:
+    """The task and the state of the README have the fields of real ones."""
+    task_id = scripted.create("0.001")
+    scripted.watch(task_id)
+    for part, path in (('"input_prompt"', ""), ('"progress"', "/state")):
+        sample = json.loads(readme_example("json", part))
+        real = scripted.get(f"/api/tasks/{task_id}{path}")
+        assert list(sample) == list(real)
+        nested = "options" if path == "" else "cost"
+        assert list(sample[nested]) == list(real[nested])
+
+
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
-    """The runner of one's own, as the README shows it, says where it is."""
+    """The runner of one's own, as the README shows it, says where it is, speaks and asks."""
     code = readme_example("python", "working on").replace(
-        "Settings()", "Settings(port=0, test_mode=True)"
-    )
-    with process("-c", code, cwd=tmp_path) as server:
-        record = server.client.watch(server.client.create())
-        assert record.last_state["status"] == "SUCCEEDED"
-        assert record.of("MESSAGE")
-
-
-def test_readme_question_example_runs(tmp_path: Path) -> None:
-    code = readme_example("python", "run.ask(").replace(
         "Settings()", "Settings(port=0, test_mode=True)"
     )
     with process("-c", code, cwd=tmp_path) as server:
         record = answering(server.client, server.client.create(), "red")
     assert record.last_state["final_result"] == {"colour": "red"}
+    assert record.of("MESSAGE")
 
 
 def test_readme_team_runs(tmp_path: Path) -> None:
