@@ -1,11 +1,11 @@
-"""streamer: watch a MetaGPT team work, live, over WebSocket and SSE. This file is all there is.
+"""streamer: watch a MetaGPT team work, live, in a browser or by hand. This file is all there is.
 
     POST /api/tasks → Supervisor → Execution → Run (worker thread) → Broker (per task)
-                    → Subscription (per client) → WebSocket | SSE
+                    → Subscription (per client) → WebSocket | SSE | AI SDK | AG-UI
 
 Sections, bottom-up, nothing used before it is defined: Settings, Errors, Events, Tasks, Store,
 Memory, SQLite, Redis, Broker, Runs, MetaGPT: configuration, MetaGPT: loading, Model requests,
-MetaGPT: mendings, MetaGPT: the team, Execution, Supervisor, Routes, Application, Page.
+MetaGPT: mendings, MetaGPT: the team, Execution, Supervisor, Routes, Protocols, Application, Page.
 What it promises, and refers to below by number:
 
  1. Order. A task's events are numbered 1, 2, 3 … without a hole; every client sees them in
@@ -310,11 +310,7 @@ class Settings:
             if parse_host(host) != (host.strip("[]").lower(), None):
                 words = "names or addresses without a port"
                 raise SettingsError(f"allowed_hosts must be {words}, not {host!r}")
-        several = len({team.partition("=")[0] for team in self.teams}) < len(self.teams)
-        for team in self.teams:
-            if several or not re.fullmatch(r"[A-Za-z][\w-]*=[A-Za-z_][\w.]*:[A-Za-z_]\w*", team):
-                words = "name=module:function,…, each name once"
-                raise SettingsError(f"teams must be {words}, not {','.join(self.teams)}")
+        self._check_teams()
         if self.db and self.redis_url:
             raise SettingsError("db and redis_url are two places for the same log: set one of them")
         try:  # MetaGPT's git library changes the process's current folder while it works
@@ -322,6 +318,14 @@ class Settings:
         except RuntimeError as error:
             given = str(self.workspace)
             raise SettingsError(f"workspace must be a folder, not {given!r}: {error}") from None
+
+    def _check_teams(self) -> None:
+        names = [team.partition("=")[0] for team in self.teams]
+        form = r"[A-Za-z][\w-]*=[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+        formed = all(re.fullmatch(form, team) for team in self.teams)
+        if not formed or len(set(names)) < len(names):
+            words = "name=module:function,…, each name once"
+            raise SettingsError(f"teams must be {words}, not {','.join(self.teams)}")
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -2995,6 +2999,10 @@ class Run:
         It is one of `choices`, or with `free_text` any other text too. Several threads are heard
         one after the other. Raises RunCancelled, and RunFailed after `answer_timeout` seconds.
         """
+        most = self.max_event_bytes // 32
+        if choices and (max(map(len, choices)) > most or len("".join(choices)) > 4 * most):
+            words = f"at most {most} characters each, and {4 * most} in all"
+            raise ValueError(f"choices must have {words} (max_event_bytes)")
         question_id = uuid.uuid4().hex[:8]  # which no max_event_bytes cuts
         asked = {
             "message": str(question),
@@ -3002,22 +3010,9 @@ class Run:
             "choices": [*map(str, choices)] if choices else None,
             "free_text": free_text or not choices,
         }
-        most = self.max_event_bytes // 32
-        if choices and (max(map(len, choices)) > most or len("".join(choices)) > 4 * most):
-            words = f"at most {most} characters each, and {4 * most} in all"
-            raise ValueError(f"choices must have {words} (max_event_bytes)")
-        ended = self._cancelled.is_set
-        with self._asking:
-            self._asking.wait_for(lambda: not self._question_id or ended())
-            self.check_cancelled()
-            self._question_id = question_id
-        self.outbox.put(self.draft(EventType.QUESTION, asked, agent_role))
-        with self._asking:
-            self._asking.wait_for(lambda: self._answer or ended(), self.answer_timeout)
-            answer = self._answer
-            self._question_id = ""
-            self._answer = None
-            self._asking.notify_all()
+        answer = self._wait_for_answer(
+            self.draft(EventType.QUESTION, asked, agent_role), question_id
+        )
         if answer is None:
             self.outbox.put({"question": None})
             self.check_cancelled()
@@ -3028,6 +3023,22 @@ class Run:
             told["message_id"] = answer.message_id
         self.outbox.put(self.draft(EventType.ANSWER, told))
         return answer.text
+
+    def _wait_for_answer(self, question: Draft, question_id: str) -> AnswerGiven | None:
+        """Asks once no other question is open. None where the run ended, or nobody answered."""
+        ended = self._cancelled.is_set
+        with self._asking:
+            self._asking.wait_for(lambda: not self._question_id or ended())
+            self.check_cancelled()
+            self._question_id = question_id
+        self.outbox.put(question)
+        with self._asking:
+            self._asking.wait_for(lambda: self._answer or ended(), self.answer_timeout)
+            answer = self._answer
+            self._question_id = ""
+            self._answer = None
+            self._asking.notify_all()
+        return answer
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -3351,14 +3362,8 @@ def _play(
     by_role = {**cost["by_role"], role: {"completion_tokens": words}}
     run.update(cost={**cost, "completion_tokens": tokens, "by_role": by_role})
     run.report_files(role)
-    message = {
-        "message": f"{role} to <all>: {path}",
-        "content": text,
-        "cause_by": action,
-        "sent_from": role,
-        "send_to": ["<all>"],
-    }
-    run.emit("MESSAGE", message, role)
+    message = {"message": f"{role} to <all>: {path}", "content": text, "cause_by": action}
+    run.emit("MESSAGE", {**message, "sent_from": role, "send_to": ["<all>"]}, role)
     run.emit("AGENT_COMPLETE", {"message": f"{role} finished {action}", "action": action}, role)
     if action in run.options["approve"]:
         remark = ask_approval(run, action, role)
@@ -4047,9 +4052,9 @@ def _refusal(
         return ModelFault(f"{server} {problem}{status_text}: {advice}. {words}", False, None)
 
     if TOO_LONG.search(f"{code} {words}"):
-        advice = f"take a model with a larger context ({model})"
-        if "completion" in words:
-            advice = f"{advice}, or a smaller llm.max_token (now {config.max_token})"
+        smaller = f", or a smaller llm.max_token (now {config.max_token})"
+        more = smaller if "completion" in words else ""
+        advice = f"take a model with a larger context ({model}){more}"
         return final("finds the prompt too long", advice)
     no_credit = wait is None and NO_CREDIT.search(words)
     if status == 402 or code == "insufficient_quota" or no_credit:
@@ -4058,8 +4063,8 @@ def _refusal(
         return final("rejected the key", f"check {key}")
     if status == 403:
         return final("refused access", f"check that {key} may use {config.model!r} ({model})")
-    names_model = f"model|deployment|{re.escape(config.model)}"
-    if status == 404 and re.search(names_model, f"{code} {words}", re.IGNORECASE):
+    about = f"model|deployment|{re.escape(config.model)}"
+    if status == 404 and re.search(about, f"{code} {words}", re.IGNORECASE):
         return final(f"has no model {config.model!r}", f"check {model}")
     if status in (404, 405):
         return final("has nothing at this address", _check_url(config))
@@ -7892,6 +7897,14 @@ def create_app(
         sys.exit(STARTUP_FAILURE)  # else uvicorn starts its process again and again
 
 
+def _check_modules(teams: Mapping[str, str]) -> None:
+    """Raises SettingsError for a team whose module is not there."""
+    for name, function in teams.items():
+        if not _installed(re.split("[.:]", function)[0]):
+            where = "the current folder, that of streamer.py, or PYTHONPATH"
+            raise SettingsError(f"teams: the module of {name!r}, {function}, is not in {where}")
+
+
 def _create_app(
     settings: Settings, runner: Runner | None, store: Store | None, teams: Mapping[str, MakeTeam]
 ) -> Starlette:
@@ -7906,10 +7919,7 @@ def _create_app(
             raise SettingsError(f"MetaGPT is not installed; type: {INSTALL}")
         check_git(os.environ)
         model_config(os.environ)
-        for name, module in named.items():
-            if not _installed(re.split("[.:]", module)[0]):
-                where = "the current folder, that of streamer.py, or PYTHONPATH"
-                raise SettingsError(f"teams: the module of {name!r}, {module}, is not in {where}")
+        _check_modules(named)
         runner = partial(run_metagpt, teams=known)
         warm_up = partial(warm_up_metagpt, settings, known)
     store = store or open_store(settings)
