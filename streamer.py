@@ -1249,6 +1249,13 @@ class Store(abc.ABC):
         for _ in ():
             yield
 
+    def state_data(self, state: TaskState) -> dict[str, Any]:
+        """What clients get of it: also why nothing is stored, where that holds up its task."""
+        data = state.as_dict()
+        if self.error is not None and state.status not in ENDED:
+            data["error_message"] = self.error
+        return data
+
     def _set_error(self, error: str | None) -> None:
         before = self.error
         self.error = error
@@ -1648,9 +1655,9 @@ class SqliteStore(MemoryStore):
                 db.execute("PRAGMA user_version = 1")  # something that is written: is there room?
             for change in changes:
                 self._save(db, *change)
-        records = [record for record, _, _ in changes]
-        if not all(record and record.task.status is TaskStatus.RUNNING for record in records):
-            self._check_files()  # while a run goes on, the sweep does
+            runs = (record and record.task.status is TaskStatus.RUNNING for record, _, _ in changes)
+            if self.error or not all(runs):  # while a run goes on, the sweep looks
+                self._check_files()
 
     def _save(
         self,
@@ -2390,7 +2397,6 @@ class Broker:
         self.state_version = 0  # a subscription compares it to know that the state changed
         self.closing: StreamerError | None = None
         self._oldest = record.first_event_id
-        self._notice: str | None = None
         self._following: anyio.CancelScope | None = None
         self._moving = anyio.Lock(fast_acquire=True)  # the place in the log moves
         self._loop = asyncio.get_running_loop()
@@ -2529,9 +2535,8 @@ class Broker:
         if self.ended:
             self._wake_all()
 
-    def set_notice(self, error: str | None) -> None:
-        """Shows in the state why the store does not answer: all that is seen and not stored."""
-        self._notice = error
+    def show_store(self) -> None:
+        """Sends the state again, which says why the store does not answer, or no more."""
         self.state_version += 1
         self._wake_all()
 
@@ -2548,9 +2553,7 @@ class Broker:
         """Encoded once for all clients; `fresh` renews the seconds it counts."""
         key = (self.state_version, self.state.last_event_id)
         if fresh or self._encoded[:2] != key:
-            data = self.state.as_dict()
-            if self._notice is not None:
-                data["error_message"] = self._notice
+            data = self.store.state_data(self.state)
             self._encoded = (*key, envelope("state", data))
             self._wait_is_told = "waiting_on" in data
         return self._encoded[2]
@@ -6213,7 +6216,7 @@ class Supervisor:
     def _on_store(self, error: str | None) -> None:
         logger.log(logging.INFO if error is None else logging.ERROR, "store error=%r", error)
         for broker in self._brokers:
-            broker.set_notice(error)
+            broker.show_store()
 
     async def _sweep(self) -> None:
         """Ends what other processes, or an earlier one, left unfinished (guarantee 9)."""
@@ -6866,8 +6869,9 @@ async def delete_task(request: Request) -> Response:
 
 
 async def get_state(request: Request) -> Response:
-    state = await _supervisor(request).state(request.path_params["task_id"])
-    return JSONLine(state.as_dict())
+    supervisor = _supervisor(request)
+    state = await supervisor.state(request.path_params["task_id"])
+    return JSONLine(supervisor.store.state_data(state))
 
 
 async def run_task(request: Request, restart: bool) -> Response:

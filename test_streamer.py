@@ -1919,6 +1919,8 @@ def test_disk_that_is_full_fails_the_run_and_says_so(tmp_path: Path) -> None:
         refused = server.client.http.post("/api/tasks", json={"input_prompt": "0"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
         assert server.client.get(f"/api/tasks/{task_id}")["status"] == "RUNNING"
+        state = server.client.get(f"/api/tasks/{task_id}/state")
+        assert state["error_message"] == health.json()["store"]
         resource.prlimit(
             server.popen.pid,
             resource.RLIMIT_FSIZE,
@@ -2103,6 +2105,36 @@ async def test_sqlite_file_that_is_gone_makes_the_store_unavailable(
             await store.sweep()
         assert why in store.error
         assert [task.id for task in (await store.page(None, 0, 9))[0]] == ["a"]
+
+
+@pytest.mark.anyio
+async def test_sqlite_file_that_is_gone_ends_what_runs(tmp_path: Path) -> None:
+    """Once a sweep has found it nothing is stored any more; what was refused was not written."""
+    path = tmp_path / "streamer.db"
+    async with opened(db=str(path)) as store:
+        await store.create(named("a"))
+        claim = await claimed(store, "a")
+        running = named("a", TaskStatus.RUNNING)
+        state = streamer.TaskState(task_id="a", status=TaskStatus.RUNNING)
+        await claim.write(state._replace(last_event_id=1), numbered(1, 1), running)
+        assert len(await store.read("a", 0, 9)) == 1
+        path.unlink()
+        ended = named("a", TaskStatus.FAILED)
+        with pytest.raises(streamer.StoreUnavailable):
+            await claim.write(
+                state._replace(status=TaskStatus.FAILED, last_event_id=2), numbered(2, 1), ended
+            )
+        why = store.error
+        for _ in range(2):
+            with pytest.raises(streamer.StoreUnavailable, match="start the server again"):
+                await store.sweep()
+            with pytest.raises(streamer.StoreUnavailable, match="start the server again"):
+                await claim.write(state._replace(last_event_id=2), numbered(2, 1))
+        assert store.error == why
+        assert len(await store.read("a", 0, 9)) == 1
+        assert store.state_data(state)["error_message"] == why
+        done = state._replace(status=TaskStatus.SUCCEEDED)
+        assert store.state_data(done)["error_message"] is None
 
 
 @pytest.mark.anyio
