@@ -1455,6 +1455,7 @@ class SqliteStore(MemoryStore):
     SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
+    PRAGMA secure_delete = FAST;  -- else a deletion writes all that it frees, as zeros
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS tasks (
         number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
@@ -6220,6 +6221,7 @@ class Supervisor:
 
     async def _sweep(self) -> None:
         """Ends what other processes, or an earlier one, left unfinished (guarantee 9)."""
+        logged = ""
         while True:
             try:
                 sweep = await self.store.sweep()
@@ -6228,8 +6230,11 @@ class Supervisor:
                 for task_id in sweep.orphans:
                     if task_id not in self._active and not self._closing:
                         await self._take_over(task_id)
+                logged = ""
             except StreamerError as error:
-                logger.error("sweep error=%r", str(error))
+                if str(error) != logged:
+                    logger.error("sweep error=%r", str(error))
+                logged = str(error)
             await self.store.pause(self.settings.lease / 6)
 
     async def _take_over(self, task_id: str) -> None:
@@ -6417,6 +6422,7 @@ class Supervisor:
                 await execution.done.wait()
             elif task.status is TaskStatus.RUNNING:
                 await self.store.cancel(task_id)
+            await self._remove_files(task_id)  # a full disk may need its room to forget it
             await self.store.forget(task_id)
             await self._close_and_remove_files(task_id)
         finally:
@@ -6521,6 +6527,9 @@ class Supervisor:
         """Of a task that is forgotten."""
         self._untold.pop(task_id, None)
         self._brokers.close(task_id, self.store.deleted(task_id))
+        await self._remove_files(task_id)
+
+    async def _remove_files(self, task_id: str) -> None:
         folder = self.settings.workspace / task_id
         await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
         if folder.exists():  # as without a descriptor left

@@ -5939,6 +5939,34 @@ def test_delete_stops_forgets_and_tells(tmp_path: Path) -> None:
         assert client.get("/api/tasks")["total"] == 0
 
 
+class FullDisk(streamer.MemoryStore):
+    """Has no room to forget a task while that has files; cannot sweep."""
+
+    async def forget(self, task_id: str) -> None:
+        if (self._settings.workspace / task_id).exists():
+            raise streamer.StoreUnavailable("the disk is full")
+        await super().forget(task_id)
+
+    async def sweep(self) -> streamer.Sweep:
+        self.sweeps = getattr(self, "sweeps", 0) + 1
+        raise streamer.StoreUnavailable("the disk is full")
+
+
+def test_delete_makes_room_for_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The files of a deleted task go first; what keeps sweeps from their work is logged once."""
+    settings = Settings(workspace=tmp_path, lease=1)
+    store = FullDisk(settings)
+    app = create_app(settings, runner=burst(1), store=store)
+    with serving(streamer.Server(app, settings), loopback()) as url:
+        client = Client(url)
+        with client.http:
+            task_id = client.create()
+            (tmp_path / task_id).mkdir()
+            assert client.http.delete(f"/api/tasks/{task_id}").status_code == 204
+            wait_until(lambda: store.sweeps >= 2)
+    assert caplog.messages.count("sweep error='the disk is full'") == 1
+
+
 class CountingStore(streamer.MemoryStore):
     """Writes down what is asked of it."""
 
