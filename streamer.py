@@ -3144,9 +3144,9 @@ def pass_over(error: OSError) -> None:
 
 def is_shown(name: str) -> bool:
     """Whether a file, or a folder, is seen: not a hidden one, nor one whose name has a control
-    character or is no UTF-8, as no address or line of text can hold it.
+    character, breaks a line or is no UTF-8, as no address or line of text can hold it.
     """
-    return re.search("^[.]|[\x00-\x1f\x7f\ud800-\udfff]", name) is None
+    return re.search("^[.]|[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name) is None
 
 
 def list_files(root: Path) -> Iterator[tuple[str, int, int]]:
@@ -7806,6 +7806,23 @@ def without_token(record: logging.LogRecord) -> bool:
     return True
 
 
+WARNED: dict[str, tuple[float, int]] = {}  # by text: when it last passed, how many did not since
+
+
+def once_a_second(record: logging.LogRecord) -> bool:
+    """A logging filter: as any stranger can cause uvicorn's warnings, each passes once a second."""
+    if record.levelno != logging.WARNING:
+        return True
+    passed, left_out = WARNED.get(record.msg, (0.0, 0))
+    if abs(record.created - passed) < 1:
+        WARNED[record.msg] = (passed, left_out + 1)
+        return False
+    WARNED[record.msg] = (record.created, 0)
+    if left_out:
+        record.msg += f" And {left_out} more since this was last logged"
+    return True
+
+
 class Guard:
     """ASGI middleware, the edge of the application: who comes in, and how long a send may take.
 
@@ -7944,6 +7961,7 @@ def _create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for name in ("uvicorn.error", "uvicorn.access"):  # both log addresses with their query
             logging.getLogger(name).addFilter(without_token)
+        logging.getLogger("uvicorn.error").addFilter(once_a_second)
         if type(store) is MemoryStore:
             refuse_second_process(settings.workspace)
         async with supervisor.open():

@@ -26,6 +26,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -7429,7 +7430,7 @@ def test_artifacts_of_any_name_and_time(tmp_path: Path) -> None:
     times["late.txt"] = 10**12
 
     def runner(run: Run) -> None:
-        for name in ("line\nbreak", "\x1b[2J", "no \udcff UTF-8"):
+        for name in ("line\nbreak", "\x1b[2J", "nel\x85", "line\u2028", "no \udcff UTF-8"):
             (run.workspace / name).mkdir(parents=True)
             (run.workspace / name / "x.txt").write_text("x")
             (run.workspace / f"{name}.txt").write_text("x")
@@ -8462,6 +8463,26 @@ def test_connections_beyond_the_limit_are_refused(tmp_path: Path) -> None:
         for sock in kept:
             sock.close()
         assert client.watch(client.create()).last_state["status"] == "SUCCEEDED"
+
+
+def test_warnings_that_strangers_cause_pass_once_a_second() -> None:
+    """uvicorn's, each text for itself, with how many were left out; other lines all pass."""
+    passed: list[str] = []
+    for level, created, text in [
+        (logging.WARNING, 100.0, "Exceeded."),
+        (logging.WARNING, 100.5, "Invalid."),
+        *[(logging.WARNING, 100.9, "Exceeded.")] * 3,
+        *[(logging.INFO, 100.9, "Shutting down")] * 2,
+        (logging.WARNING, 101.0, "Exceeded."),
+        (logging.WARNING, 102.0, "Exceeded."),
+    ]:
+        fields = {"levelno": level, "created": created, "msg": text}
+        record = logging.makeLogRecord(fields)
+        if streamer.once_a_second(record):
+            passed.append(record.getMessage())
+    more = "Exceeded. And 3 more since this was last logged"
+    down = "Shutting down"
+    assert passed == ["Exceeded.", "Invalid.", down, down, more, "Exceeded."]
 
 
 @contextlib.contextmanager
