@@ -3239,6 +3239,7 @@ def test_question_is_answered_once_by_whoever_comes(tmp_path: Path, stored: dict
         question = asked(first)
         assert question == {
             "message": "Which colour?",
+            "event_id": 2,
             "question_id": question["question_id"],
             "choices": ["red", "blue"],
             "free_text": False,
@@ -6223,7 +6224,7 @@ def test_fault_refusal_before_accept_is_a_403(tmp_path: Path) -> None:
         url = client.url.replace("http", "ws", 1)
         with connect(f"{url}/ws/nonsense", open_timeout=TIMEOUT) as websocket:
             record = watched(websocket)
-    assert (record.messages[0]["data"]["code"], record.close_code) == ("task_not_found", 4404)
+    assert (record.messages[0]["data"]["code"], record.close_code) == ("not_found", 4404)
 
 
 def test_fault_shutdown_hangs_on_an_open_socket(tmp_path: Path) -> None:
