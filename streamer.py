@@ -502,6 +502,11 @@ class ServerClosing(
     StreamerError, code="server_closing", status=503, close_code=1001, retry_after=5): ...
 class StoreUnavailable(
     StreamerError, code="store_unavailable", status=503, close_code=1013, retry_after=5): ...
+class StoreDamaged(
+    StoreUnavailable, code="store_unavailable", status=503, close_code=1013, retry_after=5):
+    """What is stored is not what a streamer writes, and stays so."""
+class EventsMissing(StreamerError, code="events_missing", status=503, close_code=1013):
+    """The store has lost events; the stream goes on behind them."""
 class TaskDeleted(TaskNotFound, code="task_not_found", status=404, close_code=4404):
     """On purpose: the store says so, which may also have lost a task."""
 class LeaseLost(StreamerError, code="lease_lost", status=503, close_code=1013):
@@ -1091,7 +1096,7 @@ def _load(task_text: str, state_text: str, *, first_event_id: int = 1) -> Record
         return Record(Task(**task), TaskState(**state), first_event_id)
     except (ValueError, TypeError, KeyError) as error:
         cause = f"perhaps another version of streamer wrote it: {error}"
-        raise StoreUnavailable(f"a task cannot be read, {cause}") from None
+        raise StoreDamaged(f"a task cannot be read, {cause}") from None
 
 
 class ClaimLost(NamedTuple):
@@ -1729,6 +1734,7 @@ class RedisLink:
         self._options: dict[str, Any] = {
             "socket_timeout": min(5.0, self._lease),
             "decode_responses": True,
+            "encoding_errors": "replace",  # what others may have written
         }
         try:
             parts = urlsplit(settings.redis_url)
@@ -1790,7 +1796,8 @@ class RedisLink:
         reason = f"the Redis at {self._url} {fault}: {error}"
         self._notify(reason)
         if silent > self._lease:
-            raise StoreUnavailable(reason) from None
+            away = f", for longer than lease ({self._lease:g} s)" if silent < math.inf else ""
+            raise StoreUnavailable(reason + away) from None
         await anyio.sleep(0.2)
 
     async def _renew_connections(self) -> None:
@@ -1887,11 +1894,11 @@ class RedisStore(Store):
     end
     -- What does not follow exactly what is stored would hide that something was lost.
     if redis.call('HGET', task, 'owner') ~= replica or last ~= after then return 0 end
-    redis.call('HSET', task, 'state', state)
     for i = first_event, #ARGV, 3 do
       local number, type, data = unpack(ARGV, i, i + 2)
       redis.call('XADD', log, 'MAXLEN', max_events, number .. '-0', 'type', type, 'data', data)
     end
+    redis.call('HSET', task, 'state', state)  -- where Redis refuses an event, it is not counted
     if status ~= '' then
       redis.call('ZREM', tasks .. ':' .. redis.call('HGET', task, 'status'), id)
       local created = redis.call('ZSCORE', tasks, id) or 0  -- where the list was lost
@@ -2045,7 +2052,7 @@ class RedisStore(Store):
 
     @staticmethod
     def _number(entries: Sequence[tuple[str, Any]]) -> int:
-        return int(entries[0][0].removesuffix("-0")) if entries else 0
+        return int(entries[0][0].partition("-")[0]) if entries else 0
 
     async def page(
         self, status: TaskStatus | None, offset: int, limit: int
@@ -2059,7 +2066,13 @@ class RedisStore(Store):
         found = await self._link.for_each(
             ids, lambda pipe, task_id: pipe.hmget(self.TASK + task_id, "task", "state")
         )
-        return [_load(*texts).task for texts in found if texts[0]], total
+        tasks = []
+        for task_id, texts in zip(ids, found, strict=True):
+            try:
+                tasks += [_load(*texts).task] if texts[0] else []
+            except StoreDamaged as error:
+                logger.warning("task id=%s unlisted=%r", task_id, str(error))
+        return tasks, total
 
     async def count(self) -> Mapping[TaskStatus, int]:
         statuses = list(TaskStatus)
@@ -2150,6 +2163,12 @@ class RedisStore(Store):
         elif last < claim.log_end or (last == claim.log_end and owner is None):
             older = f"at event {last}, of {claim.log_end} that were stored"
             claim.lost = StoreUnavailable(f"Redis has lost what was stored: it is {older}")
+        elif owner == self._replica:
+            late = "a write that came late or in part, or somebody else's"
+            newer = f"at event {last}, and {claim.log_end} were known to be stored"
+            claim.lost = StoreUnavailable(
+                f"Redis holds more than was written: {late}; it is {newer}"
+            )
         else:
             claim.lost = LeaseLost(f"{lost}: another took it over")
         self._end(claim)
@@ -2181,15 +2200,23 @@ class RedisStore(Store):
         found = await self._link.call(
             partial(self._link.redis.xrange, self.LOG + task_id, start, count=count)
         )
-        if found:  # so that the next page has about PAGE_BYTES
-            average = sum(len(entry["data"]) for _, entry in found) / len(found)
-            self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
         events: list[Event] = []
-        for key, entry in found:
-            number = int(key.removesuffix("-0"))
+        for each in found:
+            key, entry = each
+            number = self._number([each])
             if events and number != events[-1].id + 1:
                 break
-            events.append(Event(number, EventType(entry["type"]), entry["data"].encode()))
+            try:
+                event = Event(number, EventType(entry["type"]), entry["data"].encode())
+            except (KeyError, ValueError):
+                if events:
+                    break
+                what = f"entry {key} of {self.LOG}{task_id} is no event of a streamer's"
+                raise StoreDamaged(f"{what}: delete the task") from None
+            events.append(event)
+        if events:  # so that the next page has about PAGE_BYTES
+            average = sum(len(event.data) for event in events) / len(events)
+            self._page = max(1, min(self.PAGE, int(self.PAGE_BYTES / average)))
         return events
 
     async def sweep(self) -> Sweep:
@@ -2348,24 +2375,32 @@ def open_store(settings: Settings) -> Store:
 
 
 class Delivery(NamedTuple):
-    """What a client is sent next: events, then the state where it changed."""
+    """What a client is sent next: what is missing, events, then the state where it changed."""
 
     events: Batch
     state: str | None
     cursor: str = ""  # an SSE id: one who gets some types of events resumes from his last state
+    gap: EventsMissing | None = None  # in front of the events
+
+    @property
+    def error(self) -> list[str]:
+        return [envelope("error", self.gap.as_dict())] if self.gap else []
 
     @property
     def frames(self) -> bytes:
-        return self.events.frames + (text_frame(self.state) if self.state else b"")
+        error = b"".join(map(text_frame, self.error))
+        return error + self.events.frames + (text_frame(self.state) if self.state else b"")
 
     @property
     def messages(self) -> list[str]:
-        return [event.message for event in self.events] + ([self.state] if self.state else [])
+        events = [event.message for event in self.events]
+        return self.error + events + ([self.state] if self.state else [])
 
     @property
     def server_sent(self) -> str:
+        error = "".join(f"data: {message}\n\n" for message in self.error)
         state = f"{self.cursor}data: {self.state}\n\n" if self.state else ""
-        return self.events.server_sent + state
+        return error + self.events.server_sent + state
 
 
 NO_EVENTS = Batch()
@@ -2504,7 +2539,11 @@ class Broker:
         self._oldest = record.first_event_id
         while self.state.last_event_id < record.state.last_event_id:
             last = self.state.last_event_id
-            events = Batch(await self.store.read(self.task.id, last, Subscription.PAGE))
+            try:
+                events = Batch(await self.store.read(self.task.id, last, Subscription.PAGE))
+            except StoreDamaged as error:
+                self.close(error)  # nobody comes past it
+                raise
             newest = events[-1].id if events else record.state.last_event_id
             state = self.state._replace(last_event_id=newest)
             if events and events[0].id != last + 1:  # each client finds what it misses
@@ -2608,6 +2647,7 @@ class Subscription:
         self._replaying = False  # until then a replay begins where the log does by now
         self._write: Callable[[bytes], bool] | None = None
         self._received: Batch = NO_EVENTS
+        self._gap: EventsMissing | None = None  # to be told
         size = broker.settings.subscriber_buffer + 1
         self._send, self._receive = anyio.create_memory_object_stream[Batch](size)
 
@@ -2660,9 +2700,9 @@ class Subscription:
             if events:
                 self.cursor = events[-1].id
                 delivery = self._delivery(events)
-                if delivery.events or delivery.state:
+                if delivery.events or delivery.state or delivery.gap:
                     yield delivery
-            elif self._state_version_sent != broker.state_version:
+            elif self._gap or self._state_version_sent != broker.state_version:
                 yield self._delivery(NO_EVENTS)
             elif broker.closing is not None:
                 raise broker.closing
@@ -2691,10 +2731,13 @@ class Subscription:
             state = broker.state_message(fresh)
             # One that has not caught up is sent it once more when it has.
             self._state_version_sent = broker.state_version if caught_up else -1
-        if events or state:
+        gap = self._gap
+        self._gap = None
+        if events or state or gap:
             self.delivered += len(events)
             self._last_sent = self._loop.time()
-        return Delivery(events, state, "" if self.types is None else f"id: {self.cursor}\n")
+        cursor = "" if self.types is None else f"id: {self.cursor}\n"
+        return Delivery(events, state, cursor, gap)
 
     def _handed_over(self) -> Batch:
         """The next batch, where it follows the cursor; what the log gave already is passed over."""
@@ -2722,9 +2765,10 @@ class Subscription:
             first = events[0].id if events else broker.state.last_event_id + 1
             if first != self.cursor + 1:
                 if not begins and (self.recovered or self._replaying):
-                    raise await self._gap(first)
-                self.recovered = False
-                self.first_event_id = first
+                    self._gap = await self._missing(first)
+                else:
+                    self.recovered = False
+                    self.first_event_id = first
                 self.cursor = first - 1
                 continue
             beyond = max(0, events[-1].id - broker.state.last_event_id)
@@ -2733,17 +2777,21 @@ class Subscription:
                 return Batch(events[: len(events) - beyond])
         return NO_EVENTS
 
-    async def _gap(self, first: int) -> StreamerError:
-        """Why the log goes on at event `first`. Raises TaskNotFound where there is none."""
+    async def _missing(self, first: int) -> EventsMissing:
+        """What the log lacks before event `first`. Raises TaskNotFound where there is none, and
+        SlowClient where retention was faster.
+        """
         broker = self.broker
         if broker.closing is not None:
-            return broker.closing
+            raise broker.closing
         newest = (await broker.store.load(broker.task.id)).state.last_event_id
         missing = f"events {self.cursor + 1} to {first - 1}"
-        resume = f"connect again with after={self.cursor}"
         if first > newest - broker.settings.max_events + 1:
-            return StoreUnavailable(f"{missing} are missing in the log; {resume} for what follows")
-        return SlowClient(f"{missing} were dropped before you read them; {resume}")
+            return EventsMissing(
+                f"{missing} are missing in the log; the stream goes on behind them"
+            )
+        resume = f"connect again with after={self.cursor}"
+        raise SlowClient(f"{missing} were dropped before you read them; {resume}")
 
 
 class Brokers:
@@ -5944,7 +5992,7 @@ class Execution:
         return self.stop(StopReason.CANCEL)
 
     def _fail(self, error: StreamerError) -> None:
-        self.error = error
+        self.error = self.error or error
         self.stop(StopReason.STORE)
 
     async def live(self, outcome: Outcome | None = None) -> None:
@@ -6092,7 +6140,8 @@ class Execution:
         try:
             await self._publish(drafts, self.broker.task.to(status, message), **values)
         except StreamerError as error:
-            self.error = error
+            if self.error is None or isinstance(error, LeaseLost):
+                self.error = error
             self.untold = message
 
     def _verdict(self, outcome: Outcome) -> tuple[TaskStatus, EventType, str]:
@@ -6241,13 +6290,17 @@ class Supervisor:
         """An orphan: a run that was cut off is FAILED; what waited for its turn gets one here."""
         cut_off = "interrupted by a restart or a failure of the server that ran it"
         reason = self._untold.get(task_id, cut_off)
-        with contextlib.suppress(TooManyTasks, TaskEnded, TaskNotFound):  # the next sweep sees it
+        try:
             broker = await self._brokers.claim(task_id, {TaskStatus.RUNNING})
             if broker is None:
                 await self.start(task_id)
             else:
                 outcome = Outcome(error=RunFailed(reason))
                 await self._execute(self._activate(broker), outcome)
+        except (TooManyTasks, TaskEnded, TaskNotFound):
+            return  # the next sweep sees it
+        except StoreDamaged as error:  # of this task, and not of the others
+            logger.error("task id=%s left=%r", task_id, str(error))
 
     @property
     def running(self) -> int:
@@ -7610,6 +7663,8 @@ class TranslatedStream(EventStream):
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
+                if delivery.gap is not None:
+                    raise delivery.gap  # which these protocols cannot tell, and go on
                 question = subscription.broker.state.question
                 asked = question["event_id"] if question else None
                 for event in delivery.events:
@@ -9342,7 +9397,10 @@ const RECEIVE = {
       note(mine, event.payload.message);
     }
   },
-  error(mine, {message}) { mine.refusal = message; },
+  error(mine, {code, message}) {
+    if (code === "events_missing") note(mine, message);
+    else mine.refusal = message;
+  },
   closed(mine, {code}) {
     put($("link"), "");
     mine.over = code === 1000;

@@ -1411,7 +1411,7 @@ class RedisServer:
         assert self.popen.stdout is not None
         self.popen.stdout.close()
 
-    def __call__(self, *command: str) -> Any:
+    def __call__(self, *command: str | bytes) -> Any:
         with redis.Redis(port=self.port, decode_responses=True) as client:
             return client.execute_command(*command)
 
@@ -2564,6 +2564,8 @@ LOST = "the store has lost it (flushed, evicted, past max_age, or gone in a fail
         ("DEL streamer:log:a", "StoreUnavailable", "at event 0, of 3 that were"),
         ("XDEL streamer:log:a 3-0", "StoreUnavailable", "at event 2, of 3 that were"),
         ("HDEL streamer:task:a owner", "StoreUnavailable", "at event 3, of 3 that were"),
+        ("XADD streamer:log:a 4-0 type LOG data {}", "StoreUnavailable", "at event 4, and 3 were"),
+        ("XADD streamer:log:a 9-5 foo bar", "StoreUnavailable", "at event 9, and 3 were"),
         ("HSET streamer:task:a owner x", "LeaseLost", "another took it over"),
         ("DEL streamer:task:a", "LeaseLost", LOST),
         ("FLUSHALL", "LeaseLost", LOST),
@@ -2589,11 +2591,73 @@ async def test_redis_write_follows_what_is_stored(
             return
         before = [event.id for event in await store.read("a", 0, 9)]
         claim = await claimed(store, "a")
-        assert claim.record.state.last_event_id == 3
-        await claim.write(state._replace(last_event_id=4), numbered(4, 1))
-        kept = [event.id for event in await store.read("a", len(before), 9)]
-        assert [*before, *kept] == [*before, 4]
-        assert (await store.load("a")).first_event_id == [*before, 4][0]
+        added = re.search(r"XADD \S+ (\d)", damage)
+        last = int(added[1]) if added else 3
+        assert claim.record.state.last_event_id == last
+        await claim.write(state._replace(last_event_id=last + 1), numbered(last + 1, 1))
+        kept = [event.id for event in await store.read("a", last if before else 0, 9)]
+        assert kept == [last + 1]
+        assert (await store.load("a")).first_event_id == [*before, last + 1][0]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("command", "stored"), [("xadd", 3), ("hset", 5), ("publish", 5)])
+async def test_redis_that_refuses_a_part_of_a_write_leaves_no_hole(
+    redis_server: RedisServer, command: str, stored: int
+) -> None:
+    """What is counted as stored is in the log, and who claims the task goes on right behind it."""
+    redis_server("FLUSHALL")
+    async with opened(redis_url=redis_server.url, lease=60.0) as store:
+        await store.create(named("a"))
+        claim = await claimed(store, "a")
+        state = streamer.TaskState(task_id="a", last_event_id=3)
+        await claim.write(state, numbered(1, 3))
+        redis_server("ACL", "SETUSER", "default", f"-{command}")
+        try:
+            with pytest.raises(streamer.StoreUnavailable, match="refused: "):
+                await claim.write(state._replace(last_event_id=5), numbered(4, 2))
+        finally:
+            redis_server("ACL", "SETUSER", "default", f"+{command}")
+        await claim.release()
+        claim = await claimed(store, "a")
+        assert (claim.record.state.last_event_id, claim.log_end) == (stored, stored)
+        await claim.write(state._replace(last_event_id=stored + 1), numbered(stored + 1, 1))
+        log = await store.read("a", 0, 9)
+        assert [event.id for event in log] == list(range(1, stored + 2))
+
+
+def test_redis_data_of_a_stranger_is_a_fault_of_one_task(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """A log's foreign entry ends its run and its readers with the reason; a record that cannot be
+    read is left out of the list.
+    """
+    redis_server("FLUSHALL")
+    with replicas(2, redis_server, tmp_path) as (first, second):
+        task_id = first.client.create("0.01")
+        witnesses = [first.client.follow(task_id), second.client.follow(task_id)]
+        for witness in witnesses:
+            witness.sees(5)
+        entry = redis_server("XADD", f"streamer:log:{task_id}", "*", "foo", "bar")
+        for witness in witnesses:
+            witness.join()
+            assert witness.messages[-1]["data"]["code"] == "store_unavailable"
+            assert witness.close_code == 1013
+        ended = settled(second.client, task_id)
+        assert "it is at event" in ended["result_summary"]
+        log = f"streamer:log:{task_id}"
+        reason = f"entry {entry} of {log} is no event of a streamer's: delete the task"
+        page = first.client.get(f"/api/tasks/{task_id}/events")
+        rest = first.client.http.get(f"/api/tasks/{task_id}/events?after={page['last_event_id']}")
+        assert rest.status_code == 503
+        assert rest.json()["error"] == {"code": "store_unavailable", "message": reason}
+        broken = first.client.create()
+        redis_server("HSET", f"streamer:task:{broken}", "task", b"nonsense\xff")
+        tasks = first.client.get("/api/tasks")
+        assert ([task["id"] for task in tasks["items"]], tasks["total"]) == ([task_id], 2)
+        assert first.says(f"task id={broken} unlisted='a task cannot be read")
+        assert first.client.http.get(f"/api/tasks/{broken}").status_code == 503
+        assert not any("Traceback" in line for each in (first, second) for line in each.errors)
 
 
 def test_redis_log_with_a_hole_is_read_around_it(tmp_path: Path, redis_server: RedisServer) -> None:
@@ -2604,10 +2668,13 @@ def test_redis_log_with_a_hole_is_read_around_it(tmp_path: Path, redis_server: R
         log = client.watch(task_id).events
         for number in range(11, 21):
             redis_server("XDEL", f"streamer:log:{task_id}", f"{number}-0")
-        cut = client.watch(task_id)
-        assert (cut.events, cut.close_code) == (log[:10], 1013)
-        missing = "events 11 to 20 are missing in the log; connect again with after=10"
-        assert cut.messages[-1]["data"]["message"] == f"{missing} for what follows"
+        missing = "events 11 to 20 are missing in the log; the stream goes on behind them"
+        for query in ("", "types=LOG,TASK_START,RESULT,TASK_COMPLETE"):
+            whole = client.watch(task_id, query)
+            assert (whole.events, whole.close_code) == (log[:10] + log[20:], 1000)
+            assert whole.data("error") == [{"code": "events_missing", "message": missing}]
+            kinds = [message["type"] for message in whole.messages]
+            assert kinds.index("error") == kinds.index("event") + 10
         for after in (10, 15):
             rest = client.watch(task_id, f"after={after}")
             greeting = rest.data("connected")[0]
@@ -2618,6 +2685,9 @@ def test_redis_log_with_a_hole_is_read_around_it(tmp_path: Path, redis_server: R
         resume = {"Accept": "text/event-stream", "Last-Event-ID": "10"}
         stream = client.http.get(path, headers=resume).text
         assert re.findall(r"^id: (\d+)", stream, re.MULTILINE) == [str(n) for n in range(21, 54)]
+        stream = client.http.get(path, headers={"Accept": "text/event-stream"}).text
+        found = re.findall(r"^id: (?:10|21)$|events_missing", stream, re.MULTILINE)
+        assert found == ["id: 10", "events_missing", "id: 21"]
         pages = [client.get(f"{path}?after={after}") for after in (0, 10, 15, 20)]
         assert [page.get("missing") for page in pages] == [None, [11, 20], [16, 20], None]
         assert [page["last_event_id"] for page in pages] == [10, 53, 53, 53]
