@@ -1095,7 +1095,6 @@ def test_newer_python_is_not_refused(tmp_path: Path) -> None:
     [
         ("starlette", [], "No module named 'starlette'"),
         ("httptools", [], "No module named 'httptools'"),
-        ("rich", ["run", "Build a todo app", "--test-mode"], "No module named 'rich'"),
         ("redis", ["--test-mode", "--redis-url", "redis://127.0.0.1:1"], "No module named 'redis'"),
         ("metagpt", [], "MetaGPT is not installed"),
     ],
@@ -1764,13 +1763,13 @@ def settled(client: Client, task_id: str) -> dict[str, Any]:
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_seen(tmp_path: Path) -> None:
-    """10 kills of 9 runs each: what a client saw is the log's beginning; each run ends once; what
+    """6 kills of 9 runs each: what a client saw is the log's beginning; each run ends once; what
     waited runs.
     """
     chance = random.Random(5)
     waiting: str | None = None
     before: list[Watcher] = []
-    for _ in range(11):
+    for _ in range(7):
         with busy(tmp_path, db="streamer.db", max_running=9, max_events=10**7) as server:
             client = server.client
             for pair in zip(before[::2], before[1::2], strict=True):
