@@ -4699,7 +4699,9 @@ class _ModelRequest:
     pass seven times, in a minute or when it says.
     """
 
-    PARTIAL, UNREACHED, REFUSED = 3, 5, 7  # attempts
+    PARTIAL = 3  # attempts
+    UNREACHED = 5
+    REFUSED = 7
     MOST_REQUESTS = 20  # with those whose form is changed, which are no attempts
     SILENCE = 1.0  # seconds after which a model is waited for again in the middle of an answer
     LINGER = 2.0  # seconds for what follows a finish reason, as the usage
@@ -6482,12 +6484,18 @@ class Supervisor:
             self._deleting.discard(task_id)
 
     async def get(self, task_id: str) -> Task:
-        execution = self._active.get(task_id)
-        return execution.broker.task if execution else (await self.store.load(task_id)).task
+        return (await self.record(task_id)).task
 
     async def state(self, task_id: str) -> TaskState:
+        return (await self.record(task_id)).state
+
+    async def record(self, task_id: str) -> Record:
+        """As its run has it here, or else as it is stored."""
         execution = self._active.get(task_id)
-        return execution.broker.state if execution else (await self.store.load(task_id)).state
+        if execution is None:
+            return await self.store.load(task_id)
+        broker = execution.broker
+        return Record(broker.task, broker.state, broker.first_event_id)
 
     @contextlib.asynccontextmanager
     async def watch(
@@ -7475,7 +7483,7 @@ class Translator(abc.ABC):
         if kind in self.spoken:
             yield from self._speak(event, kind)
             return
-        if kind in (EventType.AGENT_START, EventType.AGENT_COMPLETE, EventType.ERROR):
+        if kind in AGENT_STATUS:
             yield from self._close(role)
         yield from self._tell(kind, role, event)
 
@@ -7655,7 +7663,6 @@ class TranslatedStream(EventStream):
 
     def __init__(self, supervisor: Supervisor, turn: Turn, translator: Translator) -> None:
         super().__init__(supervisor.watch(turn.task.id, turn.after), translator.headers)
-        self._turn = turn
         self._translator = translator
 
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
@@ -7712,8 +7719,7 @@ async def _current_turn(supervisor: Supervisor, conversation: str) -> tuple[Turn
     if task_id is None:
         return None
     try:
-        state = await supervisor.state(task_id)
-        task = await supervisor.get(task_id)
+        task, state, _ = await supervisor.record(task_id)
     except TaskNotFound:
         return None
     return Turn(task, state.answered.get("event_id", 0), is_new=False), state
