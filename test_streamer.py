@@ -4395,7 +4395,8 @@ def test_model_call_is_emitted_whole(tmp_path: Path) -> None:
 
     async def call() -> list[tuple[str, str]]:
         run = Run(make_task(), Settings(workspace=tmp_path, max_event_bytes=1024))
-        speaker = streamer._Speaker(types.SimpleNamespace(run=run), "Engineer", "WriteCode")  # type: ignore[arg-type]
+        team: Any = types.SimpleNamespace(run=run)
+        speaker = streamer._Speaker(team, "Engineer", "WriteCode")
         model_call = streamer._ModelCall(speaker, lambda: None)
         for text, reasoning in (("", "hm"), (text_of_80_kb, ""), ("\ud83c", ""), ("\udf89", "")):
             model_call.take(streamer.Chunk(text, reasoning))
@@ -5190,7 +5191,8 @@ def test_metagpt_isolates_concurrent_tasks(metagpt: tuple[Client, ModelServer, P
         ]
         assert not [(name, text[:80]) for name in foreign for text in texts if name in text]
         assert sum(f"[mark={mark}]" in text for text in texts) > 10
-        used, cost = model.usage[mark], record.last_state["cost"]
+        used = model.usage[mark]
+        cost = record.last_state["cost"]
         assert (cost["prompt_tokens"], cost["completion_tokens"]) == (
             used["prompt_tokens"],
             used["completion_tokens"],
@@ -9123,7 +9125,8 @@ def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
 
 def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> None:
     """One filled button at a time; a deletion is asked for twice; what fails is said."""
-    page, gate = chromium, Gate()
+    page = chromium
+    gate = Gate()
     with live(gate, tmp_path) as client:
         page.goto(client.url)
         assert page.locator(":focus").get_attribute("id") == "prompt"
@@ -9178,7 +9181,8 @@ def test_page_starts_one_task_however_often_one_clicks(tmp_path: Path, chromium:
 
 def test_page_offers_the_teams_of_the_server(tmp_path: Path, chromium: Any) -> None:
     """A team and the actions that wait for a person's word go with the task, where chosen."""
-    page, sent = chromium, []
+    page = chromium
+    sent: list[Any] = []
 
     def tasks(route: Any) -> None:
         if route.request.method == "POST":
@@ -9677,7 +9681,8 @@ def test_page_is_accessible_in_every_state(tmp_path: Path, chromium: Any) -> Non
 
 def test_page_keeps_its_token_to_itself(scripted: Client, chromium: Any) -> None:
     """A token in the page's address is taken out of it, and sent in a header."""
-    page, sent = chromium, []
+    page = chromium
+    sent: list[Any] = []
     page.on(
         "request", lambda request: sent.append((request.url, request.headers.get("authorization")))
     )
