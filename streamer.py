@@ -778,6 +778,7 @@ class Task:
     updated_at: str = field(default_factory=now)
     result_summary: str | None = None
     conversation: str | None = None  # of another protocol, whose latest task this may be
+    message_id: str | None = None  # of the message of that conversation which asked for it
 
     @property
     def headline(self) -> str:
@@ -786,7 +787,7 @@ class Task:
     def as_dict(self) -> dict[str, Any]:
         """As clients see it."""
         data = asdict(self)
-        del data["conversation"]
+        del data["conversation"], data["message_id"]
         return data
 
     def to(self, status: TaskStatus, result_summary: str | None = None) -> Task:
@@ -830,6 +831,9 @@ def price_text(dollars: object, budget: float | None = None) -> str:
     return f"${dollars:.4f}" if budget is None else f"${dollars:.4f} of ${budget:.2f}"
 
 
+MOST_ANSWERS = 100  # of a task, that a state knows: the newest
+
+
 class TaskState(NamedTuple):
     """Where a task is now: the `state` message."""
 
@@ -846,7 +850,7 @@ class TaskState(NamedTuple):
     cost: Mapping[str, Any] = NO_COST  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
     question: Mapping[str, Any] | None = None  # that a person is asked
-    answered: Mapping[str, Any] = {}  # the last one that was: its event_id, the answer's message_id
+    answers: Mapping[str, int] = {}  # a message_id, or "" → the event of the question it answered
 
     def after(
         self, drafts: Sequence[Draft], changes: Mapping[str, Any], last_event_id: int
@@ -854,6 +858,7 @@ class TaskState(NamedTuple):
         """The state that these events lead to, and these changes beside them."""
         values: dict[str, Any] = {"last_event_id": last_event_id}
         question = self.question
+        answers = dict(self.answers)
         for event_id, draft in enumerate(drafts, start=last_event_id - len(drafts) + 1):
             if draft.type is EventType.AGENT_START:
                 values["current_agent"] = draft.agent_role
@@ -863,9 +868,11 @@ class TaskState(NamedTuple):
                 question = {**asked, "agent_role": draft.agent_role, "event_id": event_id}
                 values["question"] = question
             elif draft.type is EventType.ANSWER and question is not None:
-                message_id = json.loads(draft.payload).get("message_id")
+                message_id = json.loads(draft.payload).get("message_id", "")
+                answers.pop(message_id, None)
+                answers[message_id] = question["event_id"]
                 values["question"] = None
-                values["answered"] = {"event_id": question["event_id"], "message_id": message_id}
+                values["answers"] = dict(list(answers.items())[-MOST_ANSWERS:])
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
         values |= changes
@@ -885,7 +892,7 @@ class TaskState(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         data = self._asdict()
-        del data["waiting"], data["answered"]
+        del data["waiting"], data["answers"]
         if self.question is None:
             del data["question"]
         if self.waiting_on is not None:
@@ -2981,6 +2988,7 @@ class Run:
         self._asking = threading.Condition()
         self._question_id = ""  # of the question that is open
         self._answer: AnswerGiven | None = None
+        self._last_answer: AnswerGiven | None = None  # which is one also when it comes again
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -3143,11 +3151,14 @@ class Run:
     # For its execution
 
     def answer(self, answer: AnswerGiven) -> bool:
-        """Whether that question is open: it is answered once."""
+        """Whether it is what answers an open question: the first answer, however often it comes."""
         with self._asking:
+            if answer.message_id is not None and answer == self._last_answer:
+                return True
             if answer.question_id != self._question_id or self._answer is not None:
                 return False
             self._answer = answer
+            self._last_answer = answer
             self._asking.notify_all()
             return True
 
@@ -6332,6 +6343,7 @@ class Supervisor:
         options: Mapping[str, Any],
         key: str | None = None,
         conversation: str | None = None,
+        message_id: str | None = None,
     ) -> tuple[Task, bool]:
         """A PENDING task, and whether it is new: a key that was used gives its task again.
 
@@ -6346,6 +6358,7 @@ class Supervisor:
             mode=self.engine.mode,
             options=options,
             conversation=conversation,
+            message_id=message_id,
         )
         try:
             forgotten = await self.store.create(task)
@@ -6446,8 +6459,8 @@ class Supervisor:
 
     async def answer(
         self, task_id: str, question_id: str, text: str, message_id: str | None = None
-    ) -> None:
-        """Answers the question that a task asks now, wherever it runs.
+    ) -> int:
+        """Answers the question that a task asks now, wherever it runs; the number of its event.
 
         Raises QuestionClosed, and InvalidRequest where its choices are others.
         """
@@ -6460,7 +6473,7 @@ class Supervisor:
             else:
                 taken = await self.store.answer(task_id, answer)
             if taken:
-                return
+                return int(question["event_id"])
         ways = "it was answered, or the run that asked it has ended"
         raise QuestionClosed(
             f"question {quoted(question_id)} of task {task_id} is not open: {ways}"
@@ -6730,7 +6743,7 @@ def schema_of(kind: type) -> dict[str, Any]:
     names |= {TaskStatus: "string", Mapping[str, Any]: "object", types.NoneType: "null"}
     properties = {}
     for name, hint in get_type_hints(kind).items():
-        if name not in ("conversation", "waiting", "answered"):  # which nobody is sent
+        if name not in ("conversation", "message_id", "waiting", "answers"):  # nobody is sent them
             kinds = [hint] if hint in names else get_args(hint)
             properties[name] = {"type": [names[each] for each in kinds]}
     return {"type": "object", "title": kind.__name__, "properties": properties}
@@ -7646,7 +7659,8 @@ class AGUITranslator(Translator):
 
 class Turn(NamedTuple):
     """What answers one message of a conversation's user: a task, or what follows their answer to
-    its question, up to its next question or its end.
+    its question. These clients let nobody write before a stream has ended, and so it ends where
+    somebody is asked.
     """
 
     task: Task
@@ -7667,21 +7681,27 @@ class TranslatedStream(EventStream):
 
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
         translator = self._translator
+        has_asked = False
+        is_over = False
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
                 if delivery.gap is not None:
                     raise delivery.gap  # which these protocols cannot tell, and go on
                 question = subscription.broker.state.question
-                asked = question["event_id"] if question else None
                 for event in delivery.events:
+                    is_over = has_asked and event.type is EventType.ANSWER
+                    if is_over:
+                        break
                     yield self._lines(translator.event(json.loads(event.data)))
-                    if event.id == asked:
+                    has_asked = has_asked or event.type is EventType.QUESTION
+                    is_over = question is not None and event.id == question["event_id"]
+                    if is_over:
                         break
                 if delivery.state is not None:
                     yield self._lines(translator.state(json.loads(delivery.state)["data"]))
-                if asked is not None and translator.last_event_id == asked:
-                    break  # these clients let nobody write before a stream has ended
+                if is_over:
+                    break
             yield self._lines(translator.end())
         except StreamerError as error:
             yield self._lines([translator.failed(error)])
@@ -7691,26 +7711,57 @@ class TranslatedStream(EventStream):
         return "".join(f"data: {encode(message)}\n\n" for message in messages)
 
 
-def _users_message(body: JSONObject) -> tuple[list[Any], str]:
-    """The messages up to the user's last, and the text of that. Raises InvalidRequest."""
+class UserMessage(NamedTuple):
+    """The last message of a conversation's user, and what their client had shown before it."""
+
+    conversation: str
+    id: str  # of this text in this message of this conversation
+    text: str
+    history: Sequence[Any]  # up to it
+    follows: str | None  # the id of the one before, where that is the user's too
+    shown_task: str | None = None  # whose words were shown last
+    shown_question: str | None = None  # which those ended with
+    is_edited: bool = False
+
+
+def _dig(value: Any, *path: str | int) -> str | None:
+    """The string at that place of what a client sent; None where there is none."""
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value if isinstance(value, str) else None
+
+
+def _text_of(message: JSONObject) -> str | None:
+    content = message.get("parts") or message.get("content")
+    if isinstance(content, list):
+        texts = (_dig(part, "text") for part in content)
+        content = "\n".join(text for text in texts if text is not None)
+    return content if isinstance(content, str) else None
+
+
+def _users_message(body: JSONObject, conversation: str) -> UserMessage:
+    """Raises InvalidRequest."""
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise InvalidRequest(f"messages must be an array, not {kind_of(messages)}")
-    users = [
-        number
-        for number, message in enumerate(messages)
-        if isinstance(message, dict) and message.get("role") == "user"
-    ]
+    users = [number for number, message in enumerate(messages) if _dig(message, "role") == "user"]
     if not users:
         raise InvalidRequest("messages must hold one whose role is user: its text is the prompt")
-    messages = messages[: users[-1] + 1]
-    content = messages[-1].get("parts") or messages[-1].get("content")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = "\n".join(text for text in texts if isinstance(text, str))
-    if not isinstance(content, str):
+    *before, message = messages[: users[-1] + 1]
+    parse_text(message, "id", MOST_ID)
+    text = _text_of(message)
+    if text is None:
         raise InvalidRequest("the user's last message must have a content or parts with text")
-    return messages, content
+    ids = [
+        task_id_of(json.dumps([conversation, _dig(each, "id"), _text_of(each)]))
+        for each in (*before[-1:], message)
+        if _dig(each, "role") == "user"
+    ]
+    follows = ids[0] if len(ids) == 2 else None
+    return UserMessage(conversation, ids[-1], text, [*before, message], follows)
 
 
 async def _current_turn(supervisor: Supervisor, conversation: str) -> tuple[Turn, TaskState] | None:
@@ -7722,33 +7773,73 @@ async def _current_turn(supervisor: Supervisor, conversation: str) -> tuple[Turn
         task, state, _ = await supervisor.record(task_id)
     except TaskNotFound:
         return None
-    return Turn(task, state.answered.get("event_id", 0), is_new=False), state
+    return Turn(task, max(state.answers.values(), default=0), is_new=False), state
+
+
+def _question_for(message: UserMessage, task: Task, state: TaskState) -> str | None:
+    """The id of the question that a message answers, be it open or not."""
+    was_refused = message.follows not in (None, task.message_id, *state.answers)
+    if message.shown_question is not None and not was_refused:  # after a refusal it is talk anew
+        return message.shown_question
+    is_older = message.is_edited or message.shown_task not in (None, task.id)
+    return None if is_older or state.question is None else str(state.question["question_id"])
+
+
+async def _turn_of(
+    supervisor: Supervisor, message: UserMessage, task: Task, state: TaskState, again: bool
+) -> Turn | None:
+    """What a conversation's task has for a message, whose answer it may be; None where the
+    message asks for another task. Raises QuestionClosed.
+    """
+    is_live = state.status not in ENDED
+    if message.id in state.answers and (is_live or not again):
+        return Turn(task, state.answers[message.id], is_new=False)
+    if message.id == task.message_id and is_live:
+        return Turn(await supervisor.start(task.id), is_new=False)
+    if again or message.id == task.message_id:
+        return None
+    question_id = _question_for(message, task, state)
+    if question_id is None:
+        return None
+    try:
+        asked = await supervisor.answer(task.id, question_id, message.text, message.id)
+        return Turn(task, asked)
+    except QuestionClosed:
+        answers = (await supervisor.state(task.id)).answers
+        if message.id not in answers:
+            raise
+        return Turn(task, answers[message.id], is_new=False)  # it came by two connections at once
 
 
 async def _next_turn(
-    supervisor: Supervisor, conversation: str, key: Sequence[str], text: str, options: Any
+    supervisor: Supervisor, message: UserMessage, key: str, given: Any, again: bool = False
 ) -> Turn:
     """Answers the question that the conversation's task asks, or starts its next task.
 
-    `key` tells the user's message from others: who sends it again gets the same turn.
+    A `key` is one request's: who sends it again gets the same turn. `again` asks for another
+    task where that of the message has ended. Raises QuestionClosed, IdempotencyConflict.
     """
-    key_text = encode((conversation, *key))
-    current = await _current_turn(supervisor, conversation)
-    if current is not None:
-        turn, state = current
-        if state.answered.get("message_id") == key[0]:
-            return turn
-        if state.question is not None and turn.task.id != task_id_of(key_text):
-            question_id = state.question["question_id"]
-            text = parse_text({"answer": text}, "answer", supervisor.settings.max_prompt)
-            await supervisor.answer(turn.task.id, question_id, text, key[0])
-            return Turn(turn.task, state.question["event_id"])
     prompt, title, options = parse_task(
-        {"input_prompt": text, "options": options or {}},
+        {"input_prompt": message.text, "options": given or {}},
         supervisor.settings,
         supervisor.engine.teams,
     )
-    task, is_new = await supervisor.submit(prompt, title, options, key_text, conversation)
+    current = await _current_turn(supervisor, message.conversation)
+    if current is not None:
+        task = current[0].task
+        if again:
+            key = f"{key} after {task.id}"
+        if task.id != task_id_of(key):
+            turn = await _turn_of(supervisor, message, task, current[1], again)
+            if turn is not None:
+                return turn
+    try:
+        task, is_new = await supervisor.submit(
+            prompt, title, options, key, message.conversation, message.id
+        )
+    except IdempotencyConflict:
+        same = "a message with this id (AG-UI: a run with this runId) came before"
+        raise IdempotencyConflict(f"{same}, with another text or other options") from None
     with contextlib.suppress(TaskEnded):  # then it is a replay
         task = await supervisor.start(task.id)
     return Turn(task, is_new=is_new)
@@ -7757,16 +7848,21 @@ async def _next_turn(
 async def post_chat(request: Request) -> Response:
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
-    conversation = "ai-sdk:" + parse_text(body, "id", MOST_ID)
-    messages, text = _users_message(body)
-    key = [parse_text(messages[-1], "id", MOST_ID), text]
-    turn = None
-    if body.get("trigger") == "regenerate-message":
-        current = await _current_turn(supervisor, conversation)
-        if current is not None:
-            key.append(current[0].task.id)
-            turn = current[0] if current[1].status not in ENDED else None
-    turn = turn or await _next_turn(supervisor, conversation, key, text, body.get("options"))
+    message = _users_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
+    again = body.get("trigger") == "regenerate-message"
+    before = message.history[-2:-1]
+    message = message._replace(
+        shown_task=_dig(before, 0, "metadata", "task_id"),
+        is_edited=not again and body.get("messageId") is not None,
+    )
+    if _dig(before, 0, "parts", -1, "type") == "data-question":
+        message = message._replace(
+            shown_question=_dig(before, 0, "parts", -1, "data", "question_id")
+        )
+    if again and message.shown_question is not None and message.shown_task is not None:
+        asked_for = (await supervisor.get(message.shown_task)).input_prompt
+        message = message._replace(text=asked_for)  # an answer is no prompt
+    turn = await _next_turn(supervisor, message, message.id, body.get("options"), again)
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 
@@ -7787,14 +7883,17 @@ async def post_ag_ui(request: Request) -> Response:
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     thread_id = parse_text(body, "threadId", MOST_ID)
     run_id = parse_text(body, "runId", MOST_ID)
-    messages, text = _users_message(body)
+    message = _users_message(body, f"ag-ui:{thread_id}")._replace(
+        shown_task=_dig(body, "state", "task_id"),
+        shown_question=_dig(body, "state", "question", "question_id"),
+    )
     forwarded = body.get("forwardedProps") or {}
     if not isinstance(forwarded, dict):
         raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
-    options = forwarded.get("options")
-    turn = await _next_turn(supervisor, f"ag-ui:{thread_id}", [run_id], text, options)
+    key = json.dumps([message.conversation, run_id])
+    turn = await _next_turn(supervisor, message, key, forwarded.get("options"))
     # What these messages hold may be nothing that a client can be sent.
-    history = None if turn.is_new else jsonable(messages)
+    history = None if turn.is_new else jsonable(message.history)
     translator = AGUITranslator(turn.task, thread_id, run_id, history)
     return TranslatedStream(supervisor, turn, translator)
 

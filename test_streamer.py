@@ -7671,6 +7671,7 @@ obey({
   send: text => chat.sendMessage({ text }),
   begin: text => void chat.sendMessage({ text }),
   again: text => chat.sendMessage({ text, messageId: chat.messages.at(-2).id }),
+  'edit first': text => chat.sendMessage({ text, messageId: chat.messages[0].id }),
   regenerate: () => chat.regenerate(),
   stop: () => chat.stop(),
   resume: () => chat.resumeStream(),
@@ -8004,6 +8005,138 @@ def test_ag_ui_answers_with_the_next_message(tmp_path: Path, package: str) -> No
         assert shown["result"]["told"] == ["red", "as a house"]
         (task,) = client.get("/api/tasks")["items"]
         assert spoken_in_ag_ui(shown["messages"]) == spoken_in_log(client, task["id"])
+
+
+class RawConversation:
+    """What the users of one conversation say over either protocol, each message by its number."""
+
+    def __init__(self, client: Client, path: str) -> None:
+        self._client = client
+        self._path = path
+
+    def post(self, number: int, text: str, **more: Any) -> httpx2.Response:
+        """Of a client that shows no history, and so tells nothing of what it showed."""
+        messages = [{"id": f"m{number}", "role": "user", "content": text}]
+        body = {"id": "c", "threadId": "c", "runId": f"r{number}", "messages": messages, **more}
+        return self._client.http.post(self._path, json=body)
+
+    def says(self, number: int, text: str, **more: Any) -> str:
+        """What its roles answer."""
+        lines = self.post(number, text, **more).text.splitlines()
+        sent = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return "".join(message["delta"] for message in sent if "delta" in message)
+
+
+PROTOCOL_PATHS = ["/api/chat", "/ag-ui"]
+
+
+@pytest.mark.parametrize("path", PROTOCOL_PATHS)
+def test_conversation_gives_a_message_its_turn_again(tmp_path: Path, path: str) -> None:
+    """Whatever came between: an answer is neither the next question's, nor a task of its own."""
+    with live(painter, tmp_path) as client:
+        said = RawConversation(client, path)
+        turns = [(1, "paint", "Which colour? "), (2, "red", "red. How large? ")]
+        for number, text, answer in turns:
+            assert said.says(number, text) == answer
+            for earlier in turns[:number]:
+                assert said.says(earlier[0], earlier[1]) == earlier[2]
+        turns.append((3, "as a house", "as a house. "))
+        for number, text, answer in (turns[2], *turns):
+            assert said.says(number, text) == answer
+        if path == "/ag-ui":  # a run of its own, whose last message is an old one
+            assert said.says(2, "red", runId="r9") == "red. How large? "
+        (task,) = client.get("/api/tasks")["items"]
+        result = client.get(f"/api/tasks/{task['id']}/state")["final_result"]
+        assert result["told"] == ["red", "as a house"]
+
+
+@pytest.mark.parametrize("path", PROTOCOL_PATHS)
+def test_conversation_takes_an_answer_once_that_comes_at_once(tmp_path: Path, path: str) -> None:
+    """Eight connections with the same answer show the same turn."""
+    with live(painter, tmp_path) as client:
+        said = RawConversation(client, path)
+        said.says(1, "paint")
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: said.says(2, "red"), range(8)))
+        assert answers == ["red. How large? "] * 8
+        (task,) = client.get("/api/tasks")["items"]
+        log = whole_log(client, task["id"])
+        assert [e["event_type"] for e in log].count("ANSWER") == 1
+
+
+@pytest.mark.parametrize("path", PROTOCOL_PATHS)
+def test_conversation_refuses_beside_an_answer_what_it_refuses_elsewhere(
+    tmp_path: Path, path: str
+) -> None:
+    """Options that are none, and another request under the same name; the question stays open."""
+    with live(painter, tmp_path) as client:
+        said = RawConversation(client, path)
+        said.says(1, "paint")
+        options = {"n_rounds": 3}
+        refused = said.post(2, "red", options=options, forwardedProps={"options": options})
+        assert (refused.status_code, "n_rounds" in refused.text) == (400, True)
+        options = {"n_round": 3}
+        refused = said.post(1, "paint", options=options, forwardedProps={"options": options})
+        assert refused.status_code == 422
+        assert "a run with this runId) came before" in refused.json()["error"]["message"]
+        assert said.says(2, "red") == "red. How large? "
+
+
+def test_ai_sdk_refuses_an_answer_that_comes_too_late(tmp_path: Path) -> None:
+    """It is no prompt, and the client shows why; what is said after that is one."""
+    with (
+        live(painter, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        task_id = chat("send", "paint")["messages"][1]["id"]
+        assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
+        shown = chat("send", "red")
+        assert (shown["status"], "is not open" in shown["error"]) == ("error", True)
+        assert client.get("/api/tasks")["total"] == 1
+        shown = chat("send", "paint it")
+        assert (shown["status"], client.get("/api/tasks")["total"]) == ("ready", 2)
+
+
+def test_ai_sdk_takes_an_edited_prompt_for_no_answer(tmp_path: Path) -> None:
+    """Edited or asked again, a message that is older than the question is not what answers it."""
+    with (
+        live(painter, tmp_path) as client,
+        front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+    ):
+        first = chat("send", "paint")["messages"][1]
+        assert chat("regenerate")["messages"][1]["parts"] == first["parts"]  # it waits for its word
+        shown = chat("edit first", "draw")
+        assert [task["input_prompt"] for task in client.get("/api/tasks")["items"]] == [
+            "draw",
+            "paint",
+        ]
+        assert shown["messages"][1]["id"] != first["id"]
+        chat("send", "blue")
+        last = chat("send", "as a house")
+        assert last["status"] == "ready"
+        shown = chat("regenerate")  # of an answer: the whole task again, not one with its words
+        newest, *others = client.get("/api/tasks")["items"]
+        assert (newest["input_prompt"], len(others)) == ("draw", 2)
+        assert shown["messages"][-1]["parts"][0]["text"] == "Which colour? "
+
+
+@pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
+def test_ag_ui_answers_only_what_was_asked(tmp_path: Path, package: str) -> None:
+    """A run without a new message shows the question again; an answer too late is no prompt."""
+    with (
+        live(painter, tmp_path) as client,
+        front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
+    ):
+        shown = agent("send", ["r1", "paint"])
+        question = shown["state"]["question"]
+        again = agent("again", "r9")
+        assert (again["state"]["question"], again["types"][-1]) == (question, "RUN_FINISHED")
+        assert spoken_in_ag_ui(again["messages"]) == spoken_in_ag_ui(shown["messages"])
+        assert client.post(f"/api/tasks/{shown['state']['task_id']}/cancel").status_code == 202
+        assert "is not open" in agent("send", ["r2", "red"])["error"]
+        assert client.get("/api/tasks")["total"] == 1
+        assert agent("send", ["r3", "paint it"]).get("error") is None
+        assert client.get("/api/tasks")["items"][0]["input_prompt"] == "paint it"
 
 
 @pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
