@@ -6823,12 +6823,16 @@ async def _json_object(
     most_bytes = most_bytes or 12 * settings.max_prompt + 65536
     body = await _read_body(request, most_bytes, settings.send_timeout)
     try:
-        value = json.loads(body, parse_constant=int)  # which refuses NaN and Infinity
+        value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body must be JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be an object, not {kind_of(value)}")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is none")
 
 
 async def _read_body(request: Request, limit: int, seconds: float) -> bytes:
@@ -7742,6 +7746,10 @@ def _text_of(message: JSONObject) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _message_id(conversation: str, message: JSONObject) -> str:
+    return task_id_of(json.dumps([conversation, _dig(message, "id"), _text_of(message)]))
+
+
 def _users_message(body: JSONObject, conversation: str) -> UserMessage:
     """Raises InvalidRequest."""
     messages = body.get("messages")
@@ -7755,25 +7763,22 @@ def _users_message(body: JSONObject, conversation: str) -> UserMessage:
     text = _text_of(message)
     if text is None:
         raise InvalidRequest("the user's last message must have a content or parts with text")
-    ids = [
-        task_id_of(json.dumps([conversation, _dig(each, "id"), _text_of(each)]))
-        for each in (*before[-1:], message)
-        if _dig(each, "role") == "user"
-    ]
-    follows = ids[0] if len(ids) == 2 else None
-    return UserMessage(conversation, ids[-1], text, [*before, message], follows)
+    follows = None
+    if before and _dig(before[-1], "role") == "user":
+        follows = _message_id(conversation, before[-1])
+    own_id = _message_id(conversation, message)
+    return UserMessage(conversation, own_id, text, [*before, message], follows)
 
 
-async def _current_turn(supervisor: Supervisor, conversation: str) -> tuple[Turn, TaskState] | None:
-    """The last turn of a conversation, and its task's state."""
-    task_id = await supervisor.store.latest(conversation)
-    if task_id is None:
-        return None
+async def _find(supervisor: Supervisor, task_id: str | None) -> Record | None:
     try:
-        task, state, _ = await supervisor.record(task_id)
+        return None if task_id is None else await supervisor.record(task_id)
     except TaskNotFound:
         return None
-    return Turn(task, max(state.answers.values(), default=0), is_new=False), state
+
+
+async def _latest(supervisor: Supervisor, conversation: str) -> Record | None:
+    return await _find(supervisor, await supervisor.store.latest(conversation))
 
 
 def _question_for(message: UserMessage, task: Task, state: TaskState) -> str | None:
@@ -7824,15 +7829,13 @@ async def _next_turn(
         supervisor.settings,
         supervisor.engine.teams,
     )
-    current = await _current_turn(supervisor, message.conversation)
-    if current is not None:
-        task = current[0].task
-        if again:
-            key = f"{key} after {task.id}"
-        if task.id != task_id_of(key):
-            turn = await _turn_of(supervisor, message, task, current[1], again)
-            if turn is not None:
-                return turn
+    latest = await _latest(supervisor, message.conversation)
+    if again and latest is not None:
+        key = f"{key} after {latest.task.id}"
+    if latest is not None and await _find(supervisor, task_id_of(key)) is None:
+        turn = await _turn_of(supervisor, message, latest.task, latest.state, again)
+        if turn is not None:
+            return turn
     try:
         task, is_new = await supervisor.submit(
             prompt, title, options, key, message.conversation, message.id
@@ -7851,17 +7854,19 @@ async def post_chat(request: Request) -> Response:
     message = _users_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
     again = body.get("trigger") == "regenerate-message"
     before = message.history[-2:-1]
+    shown_task = _dig(before, 0, "metadata", "task_id")
+    shown_question = None
+    if _dig(before, 0, "parts", -1, "type") == "data-question":
+        shown_question = _dig(before, 0, "parts", -1, "data", "question_id")
+    text = message.text
+    if again and shown_question is not None and shown_task is not None:
+        text = (await supervisor.get(shown_task)).input_prompt  # an answer is no prompt
     message = message._replace(
-        shown_task=_dig(before, 0, "metadata", "task_id"),
+        text=text,
+        shown_task=shown_task,
+        shown_question=shown_question,
         is_edited=not again and body.get("messageId") is not None,
     )
-    if _dig(before, 0, "parts", -1, "type") == "data-question":
-        message = message._replace(
-            shown_question=_dig(before, 0, "parts", -1, "data", "question_id")
-        )
-    if again and message.shown_question is not None and message.shown_task is not None:
-        asked_for = (await supervisor.get(message.shown_task)).input_prompt
-        message = message._replace(text=asked_for)  # an answer is no prompt
     turn = await _next_turn(supervisor, message, message.id, body.get("options"), again)
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
@@ -7869,12 +7874,12 @@ async def post_chat(request: Request) -> Response:
 async def get_chat(request: Request) -> Response:
     """What runs in a conversation, from the start of its last turn; 204 where nothing does."""
     supervisor = _supervisor(request)
-    current = await _current_turn(supervisor, "ai-sdk:" + request.path_params["conversation"])
-    if current is None or current[1].status in ENDED:
+    latest = await _latest(supervisor, "ai-sdk:" + request.path_params["conversation"])
+    if latest is None or latest.state.status in ENDED:
         return Response(status_code=204)
     if request.method == "HEAD":
         return Response(media_type=EventStream.media_type)
-    turn, _ = current
+    turn = Turn(latest.task, max(latest.state.answers.values(), default=0))
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 

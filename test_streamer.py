@@ -6796,7 +6796,7 @@ BAD_BODIES: list[tuple[bytes, int, str]] = [
     (b"{", 400, "the body must be JSON"),
     (b"\xff\xfe", 400, "the body must be JSON"),
     (b"[" * 60_000, 400, "the body must be JSON"),
-    (b'{"input_prompt": NaN}', 400, "the body must be JSON"),
+    (b'{"input_prompt": NaN}', 400, "the body must be JSON: NaN is none"),
     (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body must be JSON"),
     (b"[]", 400, "the body must be an object, not an array"),
     (b"null", 400, "the body must be an object, not null"),
@@ -8048,6 +8048,10 @@ def test_conversation_gives_a_message_its_turn_again(tmp_path: Path, path: str) 
         (task,) = client.get("/api/tasks")["items"]
         result = client.get(f"/api/tasks/{task['id']}/state")["final_result"]
         assert result["told"] == ["red", "as a house"]
+        assert said.says(4, "draw") == "Which colour? "
+        assert said.says(1, "paint") == "Which colour? "  # it is the first task's still
+        assert client.get("/api/tasks")["total"] == 2
+        assert said.says(5, "blue") == "blue. How large? "
 
 
 @pytest.mark.parametrize("path", PROTOCOL_PATHS)
