@@ -8984,7 +8984,7 @@ class Transcript:
             about[1:1] = self._at_work
             text = printable(", ".join(about))[: shutil.get_terminal_size().columns - 1]
             self._status = "" if ended or "question" in data else text
-        elif percent != self._percent and not ended and not self._text:
+        elif percent != self._percent and not ended and self._floor not in self._at_work:
             self._percent = percent
             self.line(", ".join(about))
 

@@ -10107,6 +10107,7 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
             "ProductManager starts WritePRD\n",
             "# Requirements\n",
             "25%, ",
+            streamer.CODE,  # whole: how far it is, is said between the roles
             "done: 4 files, 4 rounds, $0.0000\n",
             "files: ",
         ):
