@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
-import configparser
 import contextlib
 import dataclasses
 import errno
@@ -10702,10 +10701,10 @@ def paste_into_zsh(lines: str, stdin: int, **how: Any) -> subprocess.CompletedPr
 def test_readme_lines_work_as_written(
     scripted: Client, tmp_path: Path, paste: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """The curl and wscat lines of the API by example, one by one; only the port differs."""
+    """The curl and wscat lines of "By hand", one by one; only the port differs."""
     needs("curl")
     needs("wscat")
-    blocks = [block for block in readme_blocks("The API by example") if ".venv" not in block]
+    blocks = [block for block in readme_blocks("By hand") if ".venv" not in block]
     lines = "".join(blocks).replace(":8000", f":{scripted.url.rsplit(':', 1)[1]}")
     readable, writable = os.pipe()  # a person's terminal: an input that stays open and says nothing
     try:
@@ -10717,14 +10716,13 @@ def test_readme_lines_work_as_written(
     for part in (
         '"type":"connected"',
         '"event_type":"TASK_COMPLETE"',
-        '"status":"CANCELLED"',
-        "id: 1\n",
+        '"event_type":"TASK_CANCELLED"',
+        '"path":"src/app.py"',
     ):
         assert part in done.stdout, part
-    assert {each["status"] for each in scripted.get("/api/tasks")["items"]} == {
-        "SUCCEEDED",
-        "CANCELLED",
-    }
+    assert re.search(r'\nid: \d+\ndata: {"type":"event".*"event_type":"ARTIFACT"', done.stdout)
+    tasks = scripted.get("/api/tasks")["items"]
+    assert [task["status"] for task in tasks[:2]] == ["SUCCEEDED", "SUCCEEDED"]
 
 
 def test_readme_configurations_are_complete(
@@ -10746,15 +10744,16 @@ def test_readme_configurations_are_complete(
 def test_readme_nginx_example_serves_two_replicas(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
-    """The configuration of the README, but for ports: HTTP, WebSocket, SSE, a replica killed."""
+    """By the README's `location`: HTTP, WebSocket, SSE, a replica killed."""
     nginx = needs("nginx")
-    config = readme_example("nginx", "upstream")
+    location = readme_example("nginx", "location")
     with replicas(2, redis_server, tmp_path) as servers, loopback() as free:
         port = str(free.getsockname()[1])
-        ports = [server.client.url.rsplit(":", 1)[1] for server in servers]
-        for old, new in zip(("8000", "8001", "8002"), (port, *ports), strict=True):
-            config = config.replace(f":{old}", f":{new}")
-        (tmp_path / "nginx.conf").write_text(config.replace("http {", "http { access_log off;"))
+        names = [server.client.url.removeprefix("http://") for server in servers]
+        upstream = f"upstream streamer {{ server {names[0]}; server {names[1]}; }}"
+        site = f"server {{ listen 127.0.0.1:{port}; {location} }}"
+        config = f"events {{}} http {{ access_log off; {upstream} {site} }}"
+        (tmp_path / "nginx.conf").write_text(config)
         free.close()
         command = [
             nginx,
@@ -10798,35 +10797,6 @@ def readme_example(language: str, part: str) -> str:
     blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     (found,) = [block for block in blocks if part in block]
     return str(found)
-
-
-def test_readme_python_client_runs(tmp_path: Path) -> None:
-    """The ten lines print every event of a run."""
-    with live(burst(3), tmp_path) as server:
-        code = readme_example("python", "websockets.sync").replace(
-            "127.0.0.1:8000", server.url.removeprefix("http://")
-        )
-        with process("-c", code, cwd=tmp_path) as client:
-            assert client.wait() == 0, client.errors
-            assert client.output.decode().splitlines()[1:] == [
-                *(f"LOG line {n}" for n in range(3)),
-                "RESULT done",
-                "TASK_COMPLETE done",
-            ]
-
-
-def test_readme_javascript_client_runs(tmp_path: Path, chromium: Any) -> None:
-    """The ten lines, in a page of the service's own, log every event of a run."""
-    said: list[str] = []
-    chromium.on("console", lambda message: said.append(message.text))
-    with live(burst(3), tmp_path) as server:
-        chromium.goto(server.url)
-        with chromium.expect_console_message(
-            lambda message: message.text.startswith("closed")
-        ) as closed:
-            chromium.evaluate(f"async () => {{ {readme_example('js', 'WebSocket')} }}")
-    assert closed.value.text == "closed 1000"
-    assert said[1:-1] == [*(f"LOG line {n}" for n in range(3)), "RESULT done", "TASK_COMPLETE done"]
 
 
 def test_readme_react_example_of_another_origin_runs(tmp_path: Path, chromium: Any) -> None:
@@ -10926,8 +10896,8 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     assert seen == {"streamer.py", "test_streamer.py"}
 
 
-def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
-    """The Compose file and the unit: by their own tools where installed, their syntax anywhere."""
+def test_readme_compose_file_is_valid(tmp_path: Path) -> None:
+    """The Compose file: by its own tool where that is installed, its syntax anywhere."""
     compose = readme_example("yaml", "services:")
     services = yaml.safe_load(compose)["services"]
     install = "pip install --no-cache-dir --no-deps --ignore-requires-python -r requirements.txt"
@@ -10940,39 +10910,59 @@ def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
         and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
     ):
         subprocess.run(["docker", "compose", "config", "--quiet"], cwd=tmp_path, check=True)
-    unit = readme_example("ini", "[Service]")
-    configparser.ConfigParser(strict=True).read_string(unit)
-    if shutil.which("systemd-analyze"):
-        (tmp_path / "streamer.service").write_text(
-            unit.replace("/srv/streamer/.venv/bin/python", sys.executable)
-        )
-        done = subprocess.run(
-            ["systemd-analyze", "verify", "./streamer.service"], cwd=tmp_path, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
 
 
-def test_readme_names_every_setting_and_route() -> None:
-    """The README's tables are complete."""
+def test_readme_names_what_there_is() -> None:
+    """Every route, event type and option; flags as --help has them, which has every setting."""
     text = (HERE / "README.md").read_text()
-    missing = [name for name in Settings.__dataclass_fields__ if f"`{name}`" not in text]
-    operations = [operation.path for operation in streamer.OPERATIONS]
-    paths = {path.replace("task_id", "id").replace(":path", "") for path in operations}
-    missing += sorted(path for path in paths if f" {path}`" not in text)  # behind its method
-    missing += [kind for kind in EventType if f"`{kind}`" not in text]
+    operations = streamer.OPERATIONS + streamer.PROTOCOL_OPERATIONS
+    routes = {(each.method, re.sub("task_|:path", "", each.path)) for each in operations}
+    assert set(re.findall("`(GET|POST|DELETE) (/[^`]*)`", text)) == {*routes, ("GET", "/")}
+    (types,) = re.findall(r"\n\| Event type .*\n((?:\|.*\n)*)", text)
+    assert set(re.findall("`([A-Z_]{3,})`", types)) == set(EventType)
+    missing = [name for name in streamer.OPTIONS if not re.search(f'["`]{name}\\b', text)]
     assert missing == []
+    shown = f" {streamer.help_text()} ".replace("\n", " ")
+    flags = {streamer.flag_of(name) for name in Settings.__dataclass_fields__}
+    assert [flag for flag in flags if not re.search(f" {flag}[= ]", shown)] == []
+    given = set(re.findall("`(--[^` ]*)", text)) - {"--no-deps"}  # pip's
+    assert [flag for flag in given if not re.search(f" {flag}[,; =]", shown)] == []
+    variables = {f"STREAMER_{name.upper()}" for name in Settings.__dataclass_fields__}
+    assert set(re.findall("STREAMER_[A-Z_]+", text)) <= variables
+
+
+def test_readme_tells_all_of_a_payload(scripted: Client) -> None:
+    """What a whole run's events hold stands in the table of event types."""
+    rows = re.findall(r"\n\| (`[A-Z_`, ]*`) \| (.*) \|", (HERE / "README.md").read_text())
+    told = {kind: fields for kinds, fields in rows for kind in re.findall(r"\w+", kinds)}
+    task_id = scripted.create("0.001", options={"approve": ["WritePRD"]})
+    events = answering(scripted, task_id, "continue").events
+    assert {event["event_type"] for event in events} >= {"RESULT", "QUESTION", "ANSWER", "TOKEN"}
+    for event in events:
+        names = [*event["payload"]]
+        names.remove("message")
+        assert [name for name in names if f"`{name}`" not in told[event["event_type"]]] == []
 
 
 def test_readme_samples_are_whole(scripted: Client) -> None:
-    """The task and the state of the README have the fields of real ones."""
+    """The task, the state and the event have the fields of real ones; the options are defaults."""
     task_id = scripted.create("0.001")
     scripted.watch(task_id)
-    for part, path in (('"input_prompt"', ""), ('"progress"', "/state")):
-        sample = json.loads(readme_example("json", part))
-        real = scripted.get(f"/api/tasks/{task_id}{path}")
-        assert list(sample) == list(real)
-        nested = "options" if path == "" else "cost"
-        assert list(sample[nested]) == list(real[nested])
+    task = json.loads(readme_example("json", '"input_prompt"'))
+    real_task = scripted.get(f"/api/tasks/{task_id}")
+    assert list(task) == list(real_task)
+    assert task["options"] == real_task["options"]
+    state = json.loads(readme_example("json", '"progress"'))
+    real_state = scripted.get(f"/api/tasks/{task_id}/state")
+    assert list(state) == list(real_state)
+    assert list(state["cost"]) == list(real_state["cost"])
+    event_id, data = readme_example("text", "data: ").splitlines()
+    message = json.loads(data.removeprefix("data: "))
+    event = message["data"]
+    real = scripted.get(f"/api/tasks/{task_id}/events?types=ARTIFACT")["events"][0]
+    assert (event_id, message["type"]) == (f"id: {event['event_id']}", "event")
+    assert list(event) == list(real)
+    assert list(event["payload"]) == list(real["payload"])
 
 
 def test_readme_embedding_example_runs(tmp_path: Path) -> None:
