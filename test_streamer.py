@@ -906,6 +906,8 @@ NODE_PACKAGES = {
     "@ai-sdk/react": "4.0.177",
     "@ag-ui/client": "1.0.0",
     "ag-ui-client-before-1": "npm:@ag-ui/client@0.0.59",
+    "@copilotkit/runtime": "1.75.0",
+    "@copilotkit/core": "1.75.0",
     "react": "19",
     "react-dom": "19",
     "esbuild": "0",
@@ -7704,6 +7706,31 @@ obey({
   stop: () => agent.abortRun(),
 }, () => ({ messages: agent.messages, state: agent.state, types, error, result }));
 """
+# What CopilotKit's components do, in one process with the server of the README.
+COPILOTKIT_CLIENT = """
+import { CopilotKitCore, ProxiedCopilotRuntimeAgent } from '@copilotkit/core';
+import './server.mjs';
+const [runtimeUrl] = process.argv.slice(2);
+const core = new CopilotKitCore({ runtimeUrl, properties: { options: { approve: ['WritePRD'] } } });
+const told = [];
+core.subscribe({ onError: ({ error }) => void told.push(error.message) });
+function load() {
+  const agent = new ProxiedCopilotRuntimeAgent({ runtimeUrl, agentId: 'default', threadId: 't' });
+  agent.subscribe({ onCustomEvent: ({ event }) => void told.push(event.name) });
+  return agent;
+}
+let agent = load();
+obey({
+  send(content) {
+    agent.addMessage({ id: crypto.randomUUID(), role: 'user', content });
+    return core.runAgent({ agent });
+  },
+  reload() {
+    agent = load();
+    return core.connectAgent({ agent });
+  },
+}, () => ({ messages: agent.messages, state: agent.state, told }));
+"""
 
 
 class FrontEnd:
@@ -10858,6 +10885,36 @@ def test_readme_ag_ui_example_runs(tmp_path: Path) -> None:
     assert [done.stdout.count(f"{number} {ODD_TEXT}") for number in range(10)] == 10 * [4]
     assert done.stdout.endswith("ERROR Bob stumbled\nresult { message: 'done', answer: 42 }\n")
     assert task["options"]["n_round"] == 3
+
+
+@pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
+def test_readme_copilotkit_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """CopilotKit's client, through its runtime: a question, the answer, a reload, a refusal."""
+    monkeypatch.setenv("COPILOTKIT_TELEMETRY_DISABLED", "true")
+    packages = f"@copilotkit/runtime@{NODE_PACKAGES['@copilotkit/runtime']} "
+    packages += NODE_PACKAGES["ag-ui-client-before-1"].removeprefix("npm:")
+    assert f"`npm install {packages}`" in (HERE / "README.md").read_text()
+    with loopback() as free:
+        port = str(free.getsockname()[1])
+    code = readme_example("js", "CopilotRuntime").replace("@ag-ui/client", package)
+    with process("-c", QUICK, "--test-mode", "--port", "0", cwd=tmp_path) as server:
+        client = server.client
+        code = code.replace("http://127.0.0.1:8000", client.url).replace("4000", port)
+        (tmp_path / "server.mjs").write_text(code)
+        url = f"http://127.0.0.1:{port}/api/copilotkit"
+        with front_end(tmp_path, COPILOTKIT_CLIENT, url) as agent:
+            shown = agent("send", "Build a todo app")
+            assert (shown["told"][-1], shown["state"]["status"]) == ("QUESTION", "RUNNING")
+            shown = agent("send", "use SQLite")
+            assert shown["state"]["status"] == "SUCCEEDED"
+            spoken = spoken_in_log(client, shown["state"]["task_id"])
+            assert "use SQLite" in str(spoken["Architect"])
+            assert spoken_in_ag_ui(shown["messages"]) == spoken
+            assert spoken_in_ag_ui(agent("reload")["messages"]) == spoken
+            assert "1 to 32000 characters" in agent("send", " ")["told"][-1]
+        assert client.get("/api/tasks")["total"] == 1
 
 
 def test_readme_mounting_example_runs(tmp_path: Path) -> None:
