@@ -10747,6 +10747,7 @@ def test_readme_lines_work_as_written(
         '"path":"src/app.py"',
     ):
         assert part in done.stdout, part
+    assert '"recovered":false' not in done.stdout  # the log has the event that is resumed after
     assert re.search(r'\nid: \d+\ndata: {"type":"event".*"event_type":"ARTIFACT"', done.stdout)
     tasks = scripted.get("/api/tasks")["items"]
     assert [task["status"] for task in tasks[:2]] == ["SUCCEEDED", "SUCCEEDED"]
