@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import configparser
 import contextlib
 import dataclasses
 import errno
@@ -10827,6 +10828,35 @@ def readme_example(language: str, part: str) -> str:
     return str(found)
 
 
+def test_readme_python_client_runs(tmp_path: Path) -> None:
+    """The ten lines print every event of a run."""
+    with live(burst(3), tmp_path) as server:
+        code = readme_example("python", "websockets.sync").replace(
+            "127.0.0.1:8000", server.url.removeprefix("http://")
+        )
+        with process("-c", code, cwd=tmp_path) as client:
+            assert client.wait() == 0, client.errors
+            assert client.output.decode().splitlines()[1:] == [
+                *(f"LOG line {n}" for n in range(3)),
+                "RESULT done",
+                "TASK_COMPLETE done",
+            ]
+
+
+def test_readme_javascript_client_runs(tmp_path: Path, chromium: Any) -> None:
+    """The ten lines, in a page of the service's own, log every event of a run."""
+    said: list[str] = []
+    chromium.on("console", lambda message: said.append(message.text))
+    with live(burst(3), tmp_path) as server:
+        chromium.goto(server.url)
+        with chromium.expect_console_message(
+            lambda message: message.text.startswith("closed")
+        ) as closed:
+            chromium.evaluate(f"async () => {{ {readme_example('js', 'WebSocket')} }}")
+    assert closed.value.text == "closed 1000"
+    assert said[1:-1] == [*(f"LOG line {n}" for n in range(3)), "RESULT done", "TASK_COMPLETE done"]
+
+
 def test_readme_react_example_of_another_origin_runs(tmp_path: Path, chromium: Any) -> None:
     """`useChat` from an origin that is allowed: a run, a reload in its middle, a cancel."""
     (tmp_path / "node_modules").symlink_to(node_modules())
@@ -10954,8 +10984,8 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     assert seen == {"streamer.py", "test_streamer.py"}
 
 
-def test_readme_compose_file_is_valid(tmp_path: Path) -> None:
-    """The Compose file: by its own tool where that is installed, its syntax anywhere."""
+def test_readme_sidecar_files_are_valid(tmp_path: Path) -> None:
+    """The Compose file and the unit: by their own tools where installed, their syntax anywhere."""
     compose = readme_example("yaml", "services:")
     services = yaml.safe_load(compose)["services"]
     install = "pip install --no-cache-dir --no-deps --ignore-requires-python -r requirements.txt"
@@ -10968,6 +10998,16 @@ def test_readme_compose_file_is_valid(tmp_path: Path) -> None:
         and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
     ):
         subprocess.run(["docker", "compose", "config", "--quiet"], cwd=tmp_path, check=True)
+    unit = readme_example("ini", "[Service]")
+    configparser.ConfigParser(strict=True).read_string(unit)
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "streamer.service").write_text(
+            unit.replace("/srv/streamer/.venv/bin/python", sys.executable)
+        )
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "./streamer.service"], cwd=tmp_path, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_readme_names_what_there_is() -> None:
