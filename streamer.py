@@ -6727,7 +6727,7 @@ class Operation(NamedTuple):
             responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": given}
         operation: dict[str, Any] = {
             "operationId": self.handler.__name__,
-            "description": self.handler.__doc__ or "",
+            "description": inspect.getdoc(self.handler),
             "parameters": parameters,
             "responses": responses,
         }
@@ -6923,6 +6923,7 @@ def parse_answer(body: Mapping[str, Any], settings: Settings) -> tuple[str, str]
 
 
 async def create_task(request: Request, idempotency_key: str | None) -> Response:
+    """Creates a task, which is not started. The same Idempotency-Key gives the same task again."""
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings)
     prompt, title, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
@@ -6932,6 +6933,7 @@ async def create_task(request: Request, idempotency_key: str | None) -> Response
 
 
 async def list_tasks(request: Request, page: int, page_size: int, status: str | None) -> Response:
+    """Tasks, newest first."""
     wanted = None if status is None else TaskStatus(status)
     first = (page - 1) * page_size
     tasks, total = await _supervisor(request).store.page(wanted, first, page_size)
@@ -6946,32 +6948,38 @@ async def list_tasks(request: Request, page: int, page_size: int, status: str | 
 
 
 async def get_task(request: Request) -> Response:
+    """A task."""
     task = await _supervisor(request).get(request.path_params["task_id"])
     return JSONLine(task.as_dict())
 
 
 async def delete_task(request: Request) -> Response:
+    """Cancels a task and deletes it, with its log and its files."""
     await _supervisor(request).delete(request.path_params["task_id"])
     return Response(status_code=204)
 
 
 async def get_state(request: Request) -> Response:
+    """Where a task is now."""
     supervisor = _supervisor(request)
     state = await supervisor.state(request.path_params["task_id"])
     return JSONLine(supervisor.store.state_data(state))
 
 
 async def run_task(request: Request, restart: bool) -> Response:
+    """Starts a task; `restart` runs one again that has failed or was cancelled."""
     task = await _supervisor(request).start(request.path_params["task_id"], restart)
     return JSONLine(task.as_dict(), 202)
 
 
 async def cancel_task(request: Request) -> Response:
+    """Stops a task."""
     task = await _supervisor(request).cancel(request.path_params["task_id"])
     return JSONLine(task.as_dict(), 202)
 
 
 async def answer_question(request: Request) -> Response:
+    """Answers the question that the team asks; the first answer counts."""
     supervisor = _supervisor(request)
     task_id = request.path_params["task_id"]
     body = await _json_object(request, supervisor.settings)
@@ -6983,8 +6991,9 @@ async def answer_question(request: Request) -> Response:
 async def get_events(
     request: Request, after: int, types: Sequence[str], limit: int, start: bool
 ) -> Response:
-    """A page of the log; the live stream for a client that accepts text/event-stream, which with
-    `start` runs a task that was not started, and goes on after the header Last-Event-ID.
+    """A page of the log, which says what is `missing` where events are not kept any more; the live
+    stream for a client that accepts text/event-stream, which with `start` runs a task that was not
+    started, and goes on after the header Last-Event-ID.
     """
     resume = request.headers.get("last-event-id")
     if resume:
@@ -7016,6 +7025,7 @@ async def get_events(
 
 
 async def list_artifacts(request: Request) -> Response:
+    """The files that the team wrote, without hidden ones and links."""
     supervisor = _supervisor(request)
     task = await supervisor.get(request.path_params["task_id"])
     root = supervisor.settings.workspace / task.id
@@ -7148,6 +7158,7 @@ async def _count(store: Store) -> Mapping[TaskStatus, int]:
 
 
 async def get_health(request: Request) -> Response:
+    """Whether the server, its engine and its store work, and how much there is to do."""
     supervisor = _supervisor(request)
     tasks = await _count(supervisor.store)
     healthy = not supervisor.engine.error and not supervisor.store.error
@@ -7849,6 +7860,7 @@ async def _next_turn(
 
 
 async def post_chat(request: Request) -> Response:
+    """The AI SDK's: answers a message of a conversation's user."""
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     message = _users_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
@@ -7884,6 +7896,7 @@ async def get_chat(request: Request) -> Response:
 
 
 async def post_ag_ui(request: Request) -> Response:
+    """AG-UI's: runs a team on the message of a thread's user."""
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     thread_id = parse_text(body, "threadId", MOST_ID)

@@ -6952,6 +6952,8 @@ def test_openapi_describes_what_is_checked(tmp_path: Path) -> None:
         assert client.http.get("/openapi.json").status_code == 401
         document = client.http.get("/openapi.json", headers=bearer).json()
     assert (document["openapi"], document["security"]) == ("3.1.0", [{"token": []}])
+    operations = [each for path in document["paths"].values() for each in path.values()]
+    assert [each for each in operations if not each.get("description")] == []
     create = document["paths"]["/api/tasks"]["post"]
     body = create["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["input_prompt"]
