@@ -3411,8 +3411,9 @@ def _play(
     yield 0.2
     run.waits_for_model()
     run.emit("REASONING", {"message": f"What belongs into {path}?", **call}, role)
-    size = max(120, len(text) // 8)
-    phrases = re.findall(rf"(?s:.{{0,{size}}}\n)|.{{1,2000}}", text)  # whole lines, if they fit
+    said = f"```python\n{text}```\n" if path.endswith(".py") else text  # as a model says code
+    size = max(120, len(said) // 8)
+    phrases = re.findall(rf"(?s:.{{0,{size}}}\n)|.{{1,2000}}", said)  # whole lines, if they fit
     for phrase in phrases:
         run.emit("TOKEN", {"message": phrase, **call}, role)
         yield (length - 0.2) / len(phrases)
@@ -6189,7 +6190,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     parts = [f"{len(result['files'])} files"] if isinstance(result.get("files"), list) else []
     parts += [f"{result['rounds']} rounds"] if "rounds" in result else []
     cost = result.get("cost")
-    if isinstance(cost, dict) and "total_cost" in cost:
+    if isinstance(cost, dict) and cost.get("total_cost", 0) != 0:  # None: unknown
         parts.append(price_text(cost["total_cost"]))
     return ", ".join(parts) or "done"
 
@@ -9043,177 +9044,186 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>streamer</title><link rel="icon" href="data:image/svg+xml,
 <svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24' fill='none' stroke='white'>
-<rect width='24' height='24' rx='6' fill='%233457d5' stroke='none'/>
-<path stroke-width='2.4' d='M5 8q3.5-3 7 0t7 0M5 13q3.5-3 7 0t7 0M5 18h7'/></svg>">
+<rect width='24' height='24' rx='7' fill='%234f5bea' stroke='none'/>
+<path stroke-width='2' d='M6 8q3-3 6 0t6 0M6 13q3-3 6 0t6 0M6 18h6'/></svg>">
 <style nonce="NONCE">
 :root {
   color-scheme: light dark;
-  --back: light-dark(#f3f4f8, #101217);
-  --card: light-dark(#fff, #1a1d24);
-  --text: light-dark(#1a1d24, #e6e8ee);
-  --dim: light-dark(#586070, #a0a8b8);
-  --line: light-dark(#d9dce4, #30353f);
-  --accent: light-dark(#3457d5, #9db2ff);
-  --good: light-dark(#17703a, #5fd08a);
-  --bad: light-dark(#b3261e, #ff938a);
-  font: 15px/1.5 system-ui, sans-serif;
+  --back: light-dark(#f5f5f8, #0c0d10);
+  --card: light-dark(#fff, #15171b);
+  --text: light-dark(#1b1c21, #e8e9ed);
+  --dim: light-dark(#5c6270, #9ba1ad);
+  --line: light-dark(#e4e5ea, #2a2d35);
+  --accent: light-dark(#4351d6, #a6b1ff);
+  --good: light-dark(#17733b, #7ed6a0);
+  --bad: light-dark(#b8261d, #ff958c);
+  --mono: 12.5px/1.6 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace;
+  font: 14px/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { display: grid; grid: auto auto minmax(0, 1fr) / 18em minmax(0, 1fr); height: 100dvh; }
-body, dialog { margin: 0; background: var(--back); color: var(--text); }
-header, #away { grid-column: 1 / -1; padding: .5em 1.2em; }
-header { background: var(--card); border-bottom: 1px solid var(--line); }
-nav, main { grid-row: 3; overflow: auto; padding: 1em 1.2em; }
-nav { border-right: 1px solid var(--line); }
-.card, button, select, textarea, input, dialog {
-  background: var(--card); border: 1px solid var(--line); border-radius: .6em;
-}
-.card { padding: .6em .8em; }
-.row { display: flex; flex-wrap: wrap; gap: .4em .8em; align-items: center; }
-.grow { flex: 1 1 8em; min-width: 0; }
-.stack, .md { display: grid; grid-template-columns: minmax(0, 1fr); gap: .5em; }
-h1, h2, h3, h4, p, pre, ul, ol, figure { margin: 0; overflow-wrap: anywhere; }
-h1, h2 { font-size: 1.2em; }
-h3, h4 { font-size: 1em; }
-ul, ol { list-style: none; padding: 0; }
-.dim, small, time { color: var(--dim); font-size: .87em; }
+* { box-sizing: border-box; accent-color: var(--accent); }
+[hidden], .watching #home, body:not(.watching) #task { display: none !important; }
+body { margin: 0; display: grid; grid: auto minmax(0, 1fr) / 17rem minmax(0, 1fr); height: 100dvh; }
+body, dialog { background: var(--back); color: var(--text); }
+header, nav { overflow: auto; padding: .75rem; }
+main { grid-area: 1 / 2 / 3; overflow: auto; margin: .5rem .5rem .5rem 0; padding: 0 2rem; }
+main, .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card { padding: .75rem 1.1rem; }
+.row { display: flex; flex-wrap: wrap; gap: .4rem .75rem; align-items: center; }
+.grow { flex: 1; min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; }
+.stack, .md { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
+h1, h2, h3, h4, p, pre, ul, ol, figure, blockquote { margin: 0; overflow-wrap: anywhere; }
+h1, h3, h4 { font-size: 1rem; }
+h2 { font-size: 1.4rem; line-height: 1.3; letter-spacing: -.015em; }
+ul[id], ol[id] { list-style: none; padding: 0; }
+.link { padding: 0; min-height: 24px; border: 0; color: var(--accent); }
+.dim, small, time, summary { color: var(--dim); }
 .bad, .ERROR { color: var(--bad); }
-a, button, select, summary { font: inherit; color: var(--accent); cursor: pointer; }
-a { display: block; text-decoration: none; }
-button, select { padding: .2em .8em; min-height: 28px; text-align: left; overflow-wrap: anywhere; }
-.link { border: 0; background: none; padding: 0; min-height: 24px; }
-.primary { background: var(--accent); color: var(--back); font-weight: 600; justify-self: start; }
+a { display: block; color: inherit; text-decoration: none; }
+a, button, select, summary { cursor: pointer; }
+button, select, input, textarea { font: inherit; color: inherit; background: none; }
+select { max-width: 9rem; }
+button, select, input, textarea, nav > a { padding: .3rem .8rem; min-height: 2rem; }
+button, select, input, textarea, nav > a { border: 1px solid var(--line); border-radius: 8px; }
+button:hover:enabled, nav > a:hover { border-color: var(--dim); }
+.primary { background: var(--accent); color: var(--card); font-weight: 600; }
+.pill { border-radius: 2rem; color: var(--dim); background: var(--card); }
 :disabled { opacity: .5; cursor: default; }
-textarea, input { font: inherit; color: inherit; border-color: var(--dim); padding: .4em .6em; }
-textarea, input:not([type=checkbox]) { width: 100%; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-#away { background: var(--bad); color: var(--back); }
-#tasks a { padding: .4em .6em; border-radius: .6em; }
-#tasks [aria-current] { background: var(--card); }
-#tasks .title, #team .name {
-  display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-h1 a, #tasks .title { color: var(--text); }
+textarea, input { border-color: var(--dim); vertical-align: middle; }
+textarea, input:not([type=checkbox]), progress { width: 100%; }
+progress { height: 6px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+#notice { position: fixed; inset: auto 0 1rem; z-index: 2; width: fit-content; margin: auto; }
+#tasks a { padding: .5rem .8rem; margin-top: .25rem; border-radius: 8px; }
+#tasks a:hover, [aria-current=true] { background: light-dark(#e9eaf0, #1d2027); }
+.title { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .mark::before { content: "○ "; }
 .RUNNING::before { content: "● "; color: var(--accent); }
 .SUCCEEDED::before, .TASK_COMPLETE::before { content: "✓ "; color: var(--good); }
 .FAILED::before, .TASK_ERROR::before { content: "✕ "; color: var(--bad); }
 .CANCELLED::before, .TASK_CANCELLED::before { content: "■ "; }
-#home, #login { max-width: 44em; margin: 6vh auto 0; }
-#login:not([hidden]) ~ * { display: none; }
-#home h2 { font-size: 1.6em; line-height: 1.3; }
-#prompt { min-height: 7em; }
-#top { background: var(--back); padding-bottom: .8em; }
-#more div { position: absolute; right: 1.2em; z-index: 2; }
-progress { width: 100%; height: 4px; accent-color: var(--accent); }
-#team { display: flex; flex-wrap: wrap; gap: .5em; }
-#team::before { content: ""; flex-basis: 100%; }
-#team > li { flex: 1 1 11em; }
-#team .busy { flex-basis: 20em; order: -1; border-color: var(--role); }
-.role { --role: light-dark(oklch(47% .13 var(--hue)), oklch(80% .11 var(--hue))); }
-.name { color: var(--role); }
-.avatar {
-  display: grid; place-items: center; width: 2.4em; height: 2.4em; border-radius: 50%;
-  background: var(--role, var(--dim)); color: var(--card); font-size: .87em; font-weight: 600;
-}
-.tail { display: flex; flex-direction: column-reverse; width: 100%; overflow: hidden; }
-.busy .tail { height: 6em; }
-.tail, .said, .md p { white-space: pre-wrap; }
-.track { position: relative; width: 100%; height: 4px; background: var(--line); }
+#home { max-width: 46rem; margin: 12vh auto 2rem; }
+#home h2 { font-size: 2.2rem; }
+#box { padding: 0; border-color: var(--accent); box-shadow: 0 8px 30px #0001; }
+#box .row { padding: .25rem 1.1rem .75rem; align-items: end; }
+#prompt { min-height: 8rem; padding: 1rem 1.1rem; border: 0; outline: 0; resize: none; }
+#task { display: grid; grid: auto 1fr/minmax(0, 67rem) 19rem; gap: 0 2rem; place-content: center; }
+#top { position: sticky; top: 0; z-index: 1; max-height: 65vh; overflow: auto; }
+#top { padding: 1.5rem 0 1rem; background: var(--card); }
+#question, #failure { border: 2px solid var(--accent); }
+.role { --role: light-dark(oklch(47% .14 var(--hue)), oklch(80% .11 var(--hue))); }
+.name, .avatar { color: var(--role); font-weight: 600; }
+.avatar { display: grid; place-items: center; width: 2rem; height: 2rem; border-radius: 50%; }
+.avatar { background: var(--role, var(--dim)); color: var(--card); font-size: .8rem; }
+#now > li { border-color: var(--role); }
+.tail { display: flex; flex-direction: column-reverse; height: 8rem; overflow: hidden; }
+.tail { font: var(--mono); mask-image: linear-gradient(transparent, #000 3rem); }
+aside { grid-area: 1 / 2 / 3; position: sticky; top: 0; align-self: start; max-height: 96dvh; }
+aside { overflow: auto; padding: 1.6rem 0; }
+#team > li { display: grid; grid: auto / 2rem 1fr auto; gap: 0 .75rem; align-content: start; }
+#team .avatar { grid-row: span 2; }
+.doing, .track { grid-column: 2 / -1; }
+.track { position: relative; height: 4px; margin-top: .4rem; background: var(--line); }
 .track i { position: absolute; height: 100%; min-width: 3px; background: var(--role); }
-#columns { display: grid; grid-template-columns: minmax(0, 1fr) 17em; gap: 1.5em; }
-#feed > li { display: grid; grid-template-columns: 2.2em minmax(0, 1fr); gap: 0 .8em; }
-#feed > li { padding: .6em 0; border-top: 1px solid var(--line); }
-#feed > .LOG { padding: 0; border: 0; content-visibility: auto; contain-intrinsic-size: 1.5em; }
-.turn > div { display: flex; flex-wrap: wrap; gap: .3em 1.2em; }
-.turn p:first-child, .turn .LOG, .turn .ERROR, .doc { width: 100%; }
-.doc > :first-child {
-  max-height: 17em; overflow: hidden; mask-image: linear-gradient(#000 13em, transparent 17em);
-}
-.doc > button { float: right; }
-.md { gap: .3em; }
-.md h4 { margin-top: .4em; }
-.md li { margin-left: 1.4em; list-style: disc; }
-.md ol li { list-style: decimal; }
-pre, code { font: 13px/1.5 ui-monospace, monospace; }
-th, td { border: 1px solid var(--line); padding: .2em .6em; text-align: left; vertical-align: top; }
+#feed, #lines { margin: 1.25rem 0 2rem; }
+#feed > li { display: grid; grid-template-columns: 2rem minmax(0, 1fr); gap: 0 1rem; }
+#feed > li { padding-bottom: 2rem; content-visibility: auto; contain-intrinsic-size: auto 28rem; }
+#feed > li { background: linear-gradient(var(--line) 0 0) 1rem 2.4rem / 1px 100% no-repeat; }
+#feed p + * { margin-top: .5rem; }
+.told:not(.ARTIFACT) { width: 100%; }
+.doc { padding: 0; overflow: hidden; }
+.doc > .md { padding: 1rem 1.1rem; max-height: 22rem; overflow: hidden; }
+.doc > .md { mask-image: linear-gradient(#000 17rem, transparent 22rem); }
+.doc > footer { padding: .3rem 1.1rem; border-top: 1px solid var(--line); }
+.said, .md p, .tail, #lines { white-space: pre-wrap; overflow-wrap: anywhere; }
+.md ul, .md ol { padding-left: 1.4em; }
+blockquote { padding-left: 1rem; border-left: 3px solid var(--line); color: var(--dim); }
+pre, code, #lines { font: var(--mono); }
 table { border-collapse: collapse; }
+th, td { padding: .4rem 1.5rem .4rem 0; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; overflow-wrap: normal; }
 .scroll { overflow: auto; }
-.code { display: flex; gap: 1em; }
-.code :first-child { color: var(--dim); text-align: right; user-select: none; }
-#latest { position: sticky; bottom: 0; left: 100%; }
-dialog { width: min(60em, 94vw); margin: auto; }
-@media (min-width: 48em) and (min-height: 40em) {
-  #top { position: sticky; top: -1em; z-index: 1; max-height: 65vh; overflow: auto; }
-  #top { padding-top: 1em; margin-top: -1em; }
-}
-@media (max-width: 64em) {
-  #columns { grid-template-columns: minmax(0, 1fr); }
-  aside { order: -1; }
+.code { display: flex; gap: 1.25rem; }
+.code > .dim { text-align: right; user-select: none; }
+.code b { color: var(--accent); font-weight: normal; }
+.code q { color: var(--good); quotes: none; }
+.md > figure:only-child { border: 0; padding: 0; }
+#lines > div { content-visibility: auto; contain-intrinsic-size: auto 40rem; }
+#latest { position: sticky; bottom: 1rem; grid-column: 1; justify-self: center; }
+#viewer { width: min(64rem, 94vw); padding: 0; }
+#viewer > .row { position: sticky; top: 0; padding: .75rem 1.25rem; background: var(--back); }
+#content { padding: 1.25rem; }
+#content > .md > figure:only-child > figcaption { display: none; }
+@media (max-width: 72em) {
+  #task { display: block; }
+  aside { position: static; padding: 0 0 1.5rem; }
 }
 @media (max-width: 48em) {
-  body { grid-template-columns: minmax(0, 1fr); }
-  nav { grid-row: 4; max-height: 35dvh; border: 0; }
+  body { grid: auto minmax(0, 1fr) auto / minmax(0, 1fr); }
+  main { grid-area: 2 / 1; margin: 0; padding: 0 1rem; border-width: 1px 0; border-radius: 0; }
+  nav { max-height: 35dvh; }
+  #top { position: static; max-height: none; }
   .watching nav { display: none; }
 }
+@media (prefers-reduced-motion: no-preference) { #now .avatar { animation: pulse 1.5s infinite; } }
+@keyframes pulse { from { box-shadow: 0 0 0 0 var(--role); } to { box-shadow: 0 0 0 8px #0000; } }
 </style></head><body>
-<header class="row"><h1><a class="row" href="#"><img id="mark" alt="" width="24" height="24">
-streamer</a></h1><span id="mode" class="grow dim"></span>
-<span id="link" class="dim" role="status"></span></header>
-<p id="away" class="row" role="alert" hidden><span id="why"></span>
-<button id="retry">Try now</button></p>
-<nav aria-label="Tasks"><a href="#">+ New task</a><ul id="tasks"></ul>
-<div class="row"><button id="newer" hidden>Newer</button>
-<button id="older" hidden>Older</button></div></nav>
-<main><form id="login" class="card stack" hidden><label>This server asks for its token
-<input type="password" id="token" autocomplete="off" required></label>
-<button class="primary">Open</button></form>
-<section id="home" class="stack">
-<h2>Describe what you need. A team of AI agents builds it, and you watch them work.</h2>
-<form id="form" class="stack"><label for="prompt">What shall the team build?</label>
-<textarea id="prompt" required dir="auto"></textarea>
-<div id="examples" class="row"><button type="button">A to-do list for the terminal</button>
-<button type="button">A snake game for the browser</button>
-<button type="button">A web page that converts units</button></div>
-<details><summary>Options</summary><div class="stack">
-<label id="teams" hidden>Who works on it <select name="team"></select></label>
-<label>Rounds at most <input name="n_round" type="number" min="1" max="50" value="5"></label>
-<label>US dollars at most
-<input name="investment" type="number" min="0.01" step="any" value="3"></label>
-<label>Seconds at most <input name="timeout" type="number" min="1" step="any"></label>
+<header class=row><h1><a class=row href="#"><img id=mark alt="" width=24 height=24>
+streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
+<small id=link role=status></small></header>
+<nav aria-label=Tasks><a href="#">+ New task</a><ul id=tasks></ul>
+<div class=row><button id=newer hidden>Newer</button>
+<button id=older hidden>Older</button></div></nav>
+<main><form id=home class=stack><h2><label for=prompt>What shall the team build?</label></h2>
+<p class=dim>A team of AI agents plans, designs and writes it while you watch.</p>
+<div id=box class=card><textarea id=prompt required dir=auto></textarea>
+<div class=row><details class=grow><summary>Options</summary><div id=options class=tiles>
+<label id=teams hidden>Who works on it <select name=team>
+<option value="">the software company</option></select></label>
+<label>Rounds at most <input name=n_round type=number min=1 max=50 value=5></label>
+<label>US dollars at most <input name=investment type=number min=0.01 step=any value=3></label>
+<label>Seconds at most <input name=timeout type=number min=1 step=any></label>
 <label>Name of the project
-<input name="project_name" pattern="[A-Za-z][A-Za-z0-9_]*" maxlength="64"></label>
-<label>Wait for my word after (WritePRD, WriteDesign, …) <input name="approve"></label>
-<label><input name="implement" type="checkbox" checked> Write the code</label>
-<label><input name="code_review" type="checkbox" checked> Review the code</label>
-<label><input name="run_tests" type="checkbox"> Test it: runs what the model wrote</label>
-</div></details>
-<div class="row"><button id="start" class="primary" title="Ctrl+Enter">Start</button>
-<span id="problem" class="bad" role="alert"></span></div></form></section>
-<article id="task" hidden><div id="top" class="stack">
-<div class="row"><h2 id="title" class="grow" dir="auto"></h2>
-<button id="run" class="primary"></button><button id="cancel">Stop</button>
-<details id="more"><summary>Delete …</summary>
-<div class="card">Its log and its files go too. <button id="delete">Delete it</button></div>
-</details></div>
-<p><span id="status" role="status"></span> <span id="facts" class="dim"></span></p>
-<progress id="progress" max="1" aria-label="Progress"></progress>
-<form id="question" class="card stack" aria-live="polite" hidden></form>
-<div id="failure" class="card stack" role="alert" hidden></div>
-<ul id="team" aria-label="Team"></ul></div>
-<div id="columns"><section aria-label="Story"><div class="row"><h3 class="grow">Story</h3>
-<select id="who" aria-label="Whose"></select><select id="kind" aria-label="What">
-<option value="">everything</option><option value="TOKEN">texts</option>
-<option value="MESSAGE">messages</option><option value="ARTIFACT">files</option>
-<option value="ERROR">errors</option></select>
-<label><input type="checkbox" id="log"> with the log</label></div><ol id="feed"></ol></section>
-<aside aria-label="Files"><details id="made"><summary>Files</summary><ul id="files"></ul>
-<button id="zip">Download all</button></details></aside></div>
-<button id="latest" hidden>Jump to the latest ↓</button></article></main>
-<dialog id="viewer" aria-labelledby="name"><div class="row"><h3 id="name" class="grow"></h3>
-<button id="copy">Copy</button><button id="save">Download</button>
-<button id="close">Close</button></div><div id="content"></div></dialog>
+<input name=project_name pattern="[A-Za-z][A-Za-z0-9_]*" maxlength=64></label>
+<label>Wait for my word after <input name=approve placeholder="WritePRD, WriteDesign"></label>
+<label><input name=implement type=checkbox checked> Write the code</label>
+<label><input name=code_review type=checkbox checked> Review the code</label>
+<label><input name=run_tests type=checkbox> Test it: runs what the model wrote</label></div>
+</details><button type=button id=start class=primary title="Ctrl+Enter">Start</button></div>
+</div><div id=examples class=row>
+<button type=button class=pill>A to-do list for the terminal</button>
+<button type=button class=pill>A snake game for the browser</button>
+<button type=button class=pill>A web page that converts units</button></div></form>
+<article id=task><div id=top class=stack><div class=row><h2 id=title class=grow dir=auto></h2>
+<button id=run class=primary></button><button id=cancel>Stop</button>
+<button id=more class="link dim" popovertarget=sure>Delete …</button></div>
+<div id=sure class=card popover>Its log and its files go too.
+<button id=delete class=bad>Delete it</button></div>
+<p><span id=status role=status></span> <span id=facts class=dim></span></p>
+<progress id=progress max=1 aria-label=Progress></progress>
+<div id=question class="card stack" aria-live=polite hidden></div>
+<div id=failure class="card stack" role=alert hidden></div>
+<ul id=now class=tiles aria-label="At work"></ul></div>
+<aside class=stack aria-label="Team and files"><ul id=team class=tiles aria-label=Team></ul>
+<details id=made><summary>Files</summary><div class=stack>
+<ul id=files></ul><button id=zip>Download all</button></div></details></aside>
+<section aria-label=Story><div class=row><h3 class=grow>Story</h3>
+<select id=who aria-label=Whose><option value="">everybody</option></select>
+<select id=kind aria-label=What><option value="">everything</option>
+<option value=TOKEN>texts</option><option value=MESSAGE>messages</option>
+<option value=ARTIFACT>files</option><option value=ERROR>errors</option></select>
+<label><input type=checkbox id=log> Log</label></div>
+<ol id=feed></ol><div id=lines></div></section>
+<button id=latest class=pill hidden>Jump to the latest ↓</button></article></main>
+<p id=notice class="card bad" role=alert hidden></p>
+<dialog id=login class=card aria-label=Token><form method=dialog class=row>
+<label class=grow>This server asks for its token
+<input type=password id=token autocomplete=off required></label>
+<button class=primary>Open</button></form></dialog>
+<dialog id=viewer class=card aria-labelledby=name><div class=row>
+<h3 id=name class=grow></h3><button id=copy>Copy</button>
+<button id=save>Download</button><form method=dialog><button>Close</button></form></div>
+<div id=content></div></dialog>
 <script nonce="NONCE">
 "use strict";
 const ACTIONS = {
@@ -9223,15 +9233,15 @@ const ACTIONS = {
   WriteTasks: "plans the work",
   WriteCode: "writes code",
   WriteCodeReview: "reviews code",
+  WriteTest: "writes tests",
 };
 const ADVICE = "What was made until then is kept. Mend what the reason names, and run it again.";
-const BATCH = 400;  // messages that are shown before the browser gets a turn
+const BATCH = 1000;  // messages, or lines of the log, that are shown before the browser gets a turn
 const $ = id => document.getElementById(id);
 const main = document.querySelector("main");
-const base = new URL(".", location.href);
 const roles = [];  // each has a colour by its index
 const filters = new CSSStyleSheet();
-let token = new URLSearchParams(location.search).get("token") || sessionStorage.getItem("token");
+const token = new URLSearchParams(location.search).get("token") || sessionStorage.getItem("token");
 let view = null;  // the task that is shown
 let page = 1;  // of the list
 let skew = 0;  // of this clock to the server's, in ms
@@ -9264,7 +9274,6 @@ const words = action => ACTIONS[action] || spaced(action || "works").toLowerCase
 const joined = (...facts) => facts.flat().filter(Boolean).join(" · ");
 const isLive = status => status === "PENDING" || status === "RUNNING";
 const isBusy = ({bars}) => bars.length > 0 && !bars.at(-1).to;
-const isWide = () => matchMedia("(min-width: 48em)").matches;
 function clock(ms) {
   const seconds = Math.max(0, Math.floor(ms / 1000));
   return `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
@@ -9283,29 +9292,33 @@ function money({total_cost: dollars, prompt_tokens, completion_tokens}) {
 
 // Documents: Markdown, JSON and code as elements
 const DIAGRAM = /^\s*(graph|flowchart|sequenceDiagram|classDiagram|erDiagram|quadrantChart)\b/;
+const INLINE = /(`[^`\n]+`|\*\*[^*\n]+\*\*|\*[^*\s](?:[^*\n]*[^*\s])?\*)/;
+const KEYWORDS = "async|await|class|const|def|elif|else|for|from|function|if|import|in|let|return";
+const SYNTAX = RegExp(`("[^"\\n]*"|'[^'\\n]*'|(?:#|//)[ !].*|\\b(?:${KEYWORDS})\\b)`);
 const BLOCKS = [
   [/^\s*$/, () => []],
   [/^#{1,6}\s/, lines => lines.map(line => el("h4", inline(line.replace(/^#+\s+/, ""))))],
   [/^\s*\|/, table],
+  [/^>/, lines => el("blockquote", lines.map(line => el("p", inline(line.slice(1).trim()))))],
   [/^\s*\d+[.)]\s/, lines => el("ol", lines.map(entry))],
   [/^\s*[-*+]\s/, lines => el("ul", lines.map(entry))],
   [/^/, lines => el("p", {dir: "auto"}, inline(lines.join("\n")))],
 ];
+function marked(text, pattern, make) {  // what the pattern finds becomes elements
+  return text.split(pattern).map((part, index) => index % 2 ? make(part) : part);
+}
 function inline(text) {
-  return text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).map((part, index) => {
-    if (index % 2 === 0) return part;
-    return part[0] === "`" ? el("code", part.slice(1, -1)) : el("strong", part.slice(2, -2));
+  return marked(text, INLINE, part => {
+    if (part[0] === "`") return el("code", part.slice(1, -1));
+    return part[1] === "*" ? el("strong", part.slice(2, -2)) : el("em", part.slice(1, -1));
   });
 }
 function entry(line) {
   const [, indent, text] = /^(\s*)\S+\s(.*)/.exec(line);
-  const item = el("li", {dir: "auto"}, inline(text));
-  item.style.marginLeft = 1.4 + indent.length / 2 + "em";
-  return item;
+  return el("li", {dir: "auto", style: `margin-left: ${indent.length / 2}em`}, inline(text));
 }
 function table(lines) {
-  const isRow = (line, index) => index !== 1 || /[^\s|:-]/.test(line);
-  const rows = lines.filter(isRow).map((line, index) => {
+  const rows = lines.filter(line => /[^\s|:-]/.test(line)).map((line, index) => {
     const cells = line.trim().replace(/^\||\|$/g, "").split("|");
     return el("tr", cells.map(cell => el(index ? "td" : "th", inline(cell.trim()))));
   });
@@ -9328,12 +9341,14 @@ function markdown(text) {  // prose, language, code, nothing, prose, language, �
   });
 }
 function code(text, language) {
+  const isDiagram = language === "mermaid" || DIAGRAM.test(text);
   const numbers = text.split("\n").map((line, index) => index + 1).join("\n");
-  const label = language === "mermaid" || DIAGRAM.test(text) ? "Diagram (Mermaid)" : language;
-  const copy = el("button", {onclick: () => copyTo(copy, text)}, "Copy");
-  const columns = [el("pre", {ariaHidden: true}, numbers), el("pre", text)];
-  return el("figure.card", el("figcaption.row", el("span.dim.grow", label), copy),
-    el("div.code.scroll", {tabIndex: 0}, columns));
+  const tag = part => /^\w/.test(part) ? "b" : /^["']/.test(part) ? "q" : "i.dim";
+  const copy = el("button.link", {onclick: () => copyTo(copy, text)}, "Copy");
+  const label = el("span.dim.grow", isDiagram ? "Diagram (Mermaid)" : language);
+  const colored = isDiagram ? text : marked(text, SYNTAX, part => el(tag(part), part));
+  return el("figure.card", el("figcaption.row", label, copy), el("div.code.scroll",
+    {tabIndex: 0}, el("pre.dim", {ariaHidden: true}, numbers), el("pre", colored)));
 }
 async function copyTo(button, text) {
   await navigator.clipboard.writeText(text);
@@ -9348,28 +9363,25 @@ function prose(value) {
 }
 // What a model or a file says; without a type it is JSON or Markdown.
 function rendered(text, type = "md") {
-  const body = text.replace(/^\s*(\[CONTENT\]|```json)|(\[\/CONTENT\]|```)\s*$/g, "");
-  if (text.length > 300000) return el("pre.said", text);
+  if (text.length > 200000) return el("pre.said", text);
+  if (!/^(md|txt|json)$/i.test(type)) return el("div.md", code(text, type));
   try {
-    if (/^\s*[{[]/.test(body)) return el("div.md", prose(JSON.parse(body)));
-  } catch {
-    // it only looks like JSON
+    const body = text.replace(/^\s*(\[CONTENT\]|```json)|(\[\/CONTENT\]|```)\s*$/g, "");
+    return el("div.md", prose(JSON.parse(body)));
+  } catch {  // it is not JSON
+    return el("div.md", markdown(text));
   }
-  return el("div.md", /^(md|txt)$/i.test(type) ? markdown(text) : code(text, type));
 }
-function present(name, text, blob = new Blob([text])) {
-  const file = name.split("/").at(-1);
+function present(name, text, type, blob = new Blob([text])) {
   put($("name"), name);
   put($("copy"), "Copy");
-  $("content").replaceChildren(rendered(text, /\.(\w+)$/.exec(file)?.[1]));
+  $("content").replaceChildren(rendered(text, type));
   $("copy").onclick = () => copyTo($("copy"), text);
-  $("save").onclick = () => save(blob, file);
+  $("save").onclick = () => save(blob, name.split("/").at(-1));
   $("viewer").showModal();
 }
 function save(blob, name) {
-  const url = URL.createObjectURL(blob);
-  el("a", {href: url, download: name}).click();
-  setTimeout(URL.revokeObjectURL, 60000, url);
+  el("a", {href: URL.createObjectURL(blob), download: name}).click();
 }
 const opener = (label, onclick) => el("button.link", {onclick}, label);
 
@@ -9380,22 +9392,22 @@ const post = (where, body) => api(where, {method: "POST", body: body && JSON.str
 async function api(where, set = {}) {
   const headers = token ? {Authorization: "Bearer " + token} : {};
   if (set.body) headers["Content-Type"] = "application/json";
-  const answer = await fetch(new URL(where, base), {...set, headers}).catch(() => setOffline(5));
+  const answer = await fetch(where, {...set, headers}).catch(() => setOffline(5));
   if (!answer) throw new Error("the server cannot be reached");
   skew = Date.now() - (Date.parse(answer.headers.get("Date")) || Date.now());
   if (answer.ok) return answer;
   const {error} = await answer.json().catch(() => ({}));
-  if (answer.status === 401) {
-    $("login").hidden = false;
-    $("token").focus();
-  }
+  if (answer.status === 401 && !$("login").open) $("login").showModal();
   const message = error?.message || "HTTP " + answer.status;
   throw Object.assign(new Error(message), {status: answer.status});
 }
+function notify(text) {
+  $("notice").hidden = !text;
+  put($("notice"), text);
+}
 function setOffline(left) {
   offline = left;
-  $("away").hidden = !left;
-  put($("why"), `The server cannot be reached. Trying again in ${left} s.`);
+  notify(left ? `The server cannot be reached. Trying again in ${left} s.` : "");
   for (const button of document.querySelectorAll("#top button, #start")) button.disabled = !!left;
 }
 async function retry() {
@@ -9410,10 +9422,8 @@ async function list(step = 0) {
   try {
     const found = await json(`api/tasks?page_size=50&page=${page}`);
     const focused = document.activeElement.hash;
-    if (!view || view.over) {
-      setOffline(0);
-      put($("link"), "");
-    }
+    if (offline && (!view || view.over)) setOffline(0);
+    if (!view || view.over) put($("link"), "");
     $("newer").hidden = page === 1;
     $("older").hidden = page >= found.total_pages;
     $("tasks").replaceChildren(...found.items.map(item));
@@ -9425,9 +9435,8 @@ async function list(step = 0) {
 function item({id, title, input_prompt, status, created_at, updated_at, result_summary}) {
   const name = title || input_prompt.slice(0, 80);
   const lasted = !isLive(status) && clock(Date.parse(updated_at) - Date.parse(created_at));
-  const price = /\$[\d.]*[1-9]\d*/.exec(result_summary);
-  const current = id === view?.id ? "page" : null;
-  return el("li", el("a", {href: "#" + id, title: name, ariaCurrent: current},
+  const price = /\$[\d.]+/.exec(result_summary);
+  return el("li", el("a", {href: "#" + id, title: name, ariaCurrent: id === view?.id},
     el("span.title", {dir: "auto"}, name),
     el("small.mark." + status, joined(status.toLowerCase(), age(created_at), lasted, price))));
 }
@@ -9435,16 +9444,12 @@ function item({id, title, input_prompt, status, created_at, updated_at, result_s
 // The stream of a task
 function open(id) {
   view?.socket?.close();
-  view = id ? {id, last: 0, queue: [], state: {}, members: new Map()} : null;
+  view = id ? {id, last: 0, queue: [], log: [], state: {}, members: new Map()} : null;
   follow = false;
-  for (const name of ["title", "status", "facts", "team", "feed", "files", "who", "link"]) {
-    $(name).replaceChildren();
-  }
-  for (const name of ["run", "cancel", "more", "question", "failure"]) $(name).hidden = true;
-  $("who").append(el("option", {value: ""}, "everybody"));
-  $("home").hidden = !!id;
-  $("task").hidden = !id;
-  $("made").open = isWide();
+  for (const name of "title status facts now team feed lines".split(" ")) $(name).replaceChildren();
+  for (const name of "run cancel more question failure made".split(" ")) $(name).hidden = true;
+  $("who").length = 1;
+  $("made").open = innerWidth > 1150;
   document.body.classList.toggle("watching", !!id);
   document.title = "streamer";
   main.scrollTop = 0;
@@ -9461,14 +9466,12 @@ async function load(mine) {
     document.title = $("title").textContent + " - streamer";
     expect(mine);
     connect(mine);
-    files(mine);
   } catch (error) {
     if (mine === view && error.status) gone(error.message);
   }
 }
 function connect(mine) {
-  const where = `ws/tasks/${encodeURIComponent(mine.id)}?start=false&after=${mine.last}`;
-  const url = new URL(where, base);
+  const url = new URL(`ws/tasks/${mine.id}?start=false&after=${mine.last}`, location);
   url.protocol = url.protocol.replace("http", "ws");
   if (token) url.searchParams.set("token", token);
   mine.socket?.close();
@@ -9479,36 +9482,31 @@ function connect(mine) {
     if (mine.queue.push(message) === 1) setTimeout(flush, 30, mine);
   };
   Object.assign(mine, {socket, heard: seconds, over: false});
-  socket.onmessage = ({data}) => receive(data);
-  socket.onclose = ({code}) => receive(JSON.stringify({type: "closed", data: {code}}));
+  socket.onmessage = ({data}) => receive(JSON.parse(data));
+  socket.onclose = ({code}) => receive({type: "closed", data: {code}});
 }
 function flush(mine) {
-  if (mine !== view) return;
   mine.added = document.createDocumentFragment();
-  for (const message of mine.queue.splice(0, BATCH)) {
-    const {type, data} = JSON.parse(message);
-    RECEIVE[type]?.(mine, data);
+  for (const {type, data} of mine.queue.splice(0, BATCH)) {
+    if (mine === view) RECEIVE[type]?.(mine, data);
   }
+  if (mine !== view) return;
   $("feed").append(mine.added);
   draw(mine);
+  drawLog(mine);
   if (follow) main.scrollTop = main.scrollHeight;
   if (mine.queue.length) setTimeout(flush, 0, mine);
 }
 const RECEIVE = {
   connected(mine, {first_event_id: first, recovered}) {
-    if (!recovered) {
-      mine.last = 0;
-      mine.members.clear();
-      for (const each of [mine.added, $("feed"), $("team")]) each.replaceChildren();
-      expect(mine);
-    }
-    if (mine.last) note(mine, `connected again, after event ${mine.last}`);
-    else if (first > 1 || !recovered) note(mine, `events before ${first} are not kept any more`);
+    if (!recovered && mine.last) open(mine.id);
+    else if (mine.last) note(mine, `connected again, after event ${mine.last}`);
+    else if (first > 1) note(mine, `events before ${first} are not kept any more`);
     setOffline(0);
     put($("link"), "live");
   },
   state(mine, state) {
-    if (state.status === "RUNNING" && mine.state.status !== "RUNNING") follow = isWide();
+    if (state.status === "RUNNING" && mine.state.status !== "RUNNING") follow = innerWidth > 760;
     mine.state = state;
   },
   event(mine, event) {
@@ -9545,28 +9543,29 @@ function fail(title, reason, advice = "") {
 
 // The team
 function expect(mine) {  // the company's members, before they begin
-  const {mode, options} = mine.task;
-  const team = ["ProductManager", "Architect", "ProjectManager"];
-  if (options.implement) team.push("Engineer");
-  if (options.run_tests) team.push("QaEngineer");
-  if (mode !== "custom" && !options.team) team.forEach(role => member(mine, role));
+  const company = ["ProductManager", "Architect", "ProjectManager", "Engineer", "QaEngineer"];
+  const {mode, options: {implement, run_tests, team}} = mine.task;
+  const size = 3 + implement + (implement && run_tests);
+  if (mode !== "custom" && !team) company.slice(0, size).forEach(role => member(mine, role));
 }
 function member(mine, role) {
   if (mine.members.has(role)) return mine.members.get(role);
-  const who = {role, bars: [], calls: new Map(), end: ""};
-  for (const name of ["doing", "tail", "track"]) who[name] = el("div." + name);
-  const name = el("div.grow", el("strong.name", spaced(role)), who.doing);
-  who.box = tint(role, el("li.card.row", avatar(role), name, who.tail, who.track));
+  const who = {role, bars: [], calls: new Map(), text: "", does: "", end: ""};
+  for (const part of ["worked", "doing", "track", "task", "tail"]) who[part] = el("div." + part);
+  const head = () => [avatar(role), el("strong.name", spaced(role))];
+  who.live = tint(role, el("li.card", el("div.row", head(), who.task), who.tail));
   mine.members.set(role, who);
-  $("team").append(who.box);
+  $("team").append(tint(role, el("li", head(), who.worked, who.doing, who.track)));
+  $("now").append(who.live);
   $("who").append(el("option", {value: roles.indexOf(role)}, spaced(role)));
   return who;
 }
 function avatar(role) {
-  const initials = spaced(role).split(" ").map(word => word[0]).join("");
-  return el("span.avatar", {ariaHidden: true}, initials.slice(0, 2));
+  const capitals = role === "ProjectManager" ? "PJ" : role.replace(/[^A-Z]/g, "");  // PM is taken
+  return el("span.avatar", {ariaHidden: true}, (capitals[1] ? capitals : role).slice(0, 2));
 }
 function tint(role, element) {
+  if (!role) return element;
   if (!roles.includes(role)) roles.push(role);
   const index = roles.indexOf(role);
   element.classList.add("role", "r" + index);
@@ -9574,12 +9573,13 @@ function tint(role, element) {
   return element;
 }
 function begin(mine, who, at, action) {
-  stop(who, at);
-  who.bars.push({from: at, action});
-  turn(mine, who, at, words(action));
+  stop(mine, who, at);
+  who.bars.push({from: at});
+  who.does = words(action);
+  if (mine.turn?.who === who) mine.turn = null;
 }
-function stop(who, at, end = "done") {
-  finish(who);
+function stop(mine, who, at, end = "done") {
+  finish(mine, who, at);
   if (!isBusy(who)) return;
   who.bars.at(-1).to = at;
   who.end = end;
@@ -9588,99 +9588,107 @@ function drawMember(who, {waiting_on: waits, cost}, began, now) {
   const busy = isBusy(who);
   const spent = cost.by_role?.[who.role];
   const worked = who.bars.reduce((sum, {from, to}) => sum + (to || now) - from, 0);
-  let doing = who.end || "waits";
-  if (busy) doing = words((who.call || who.bars.at(-1)).action);
-  if (busy && waits?.agent_role === who.role) {
-    doing += `, waits for the model: ${clock(1000 * waits.seconds)}`;
-  }
-  put(who.doing, joined(doing, worked && clock(worked), spent ? money(spent) : ""));
-  put(who.tail, busy && who.call ? tail(who.call.text) : "");
-  who.box.classList.toggle("busy", busy);
-  who.track.replaceChildren(...who.bars.map(({from, to}) => {
-    const bar = el("i");
-    bar.style.left = 100 * (from - began) / (now - began + 1) + "%";
-    bar.style.width = 100 * ((to || now) - from) / (now - began + 1) + "%";
-    return bar;
-  }));
-}
-function tail(text) {  // the last lines; of JSON without its signs
-  const end = text.slice(-700);
-  return /^\s*[{[]/.test(text) ? end.replace(/\[CONTENT\]|["{}[\]]|\\n/g, " ") : end;
+  const doing = busy ? who.does : who.end || "waits";
+  const silent = waits?.agent_role === who.role && clock(1000 * waits.seconds);
+  put(who.worked, worked ? clock(worked) : "");
+  put(who.doing, joined(doing, spent && money(spent)));
+  put(who.task, joined(doing, silent && `waits for the model: ${silent}`));
+  put(who.tail, who.text.slice(-1500));
+  who.live.hidden = !busy;
+  const part = ms => 100 * ms / (now - began + 1);
+  who.track.replaceChildren(...who.bars.map(({from, to}) => el("i", {
+    style: `left: ${part(from - began)}%; width: ${part((to || now) - from)}%`,
+  })));
 }
 
 // The story
-const note = (mine, text) => mine.added.append(el("li.note.dim", el("span"), text));
-const when = (mine, at) => (
-  el("time", {title: new Date(at).toLocaleString()}, "+" + clock(at - mine.began))
-);
+const when = (mine, at) => el("time", {title: new Date(at)}, "+" + clock(at - mine.began));
 const file = (path, change = "") => (
-  opener(change + path.split("/").slice(-2).join("/"), () => show(path))
+  el("button", {onclick: () => show(path)}, change + path.split("/").slice(-2).join("/"))
 );
+function note(mine, ...inside) {  // a row of nobody's
+  mine.turn = null;
+  mine.added.append(el("li.note.dim", el("span"), el("div.row", inside)));
+}
 function tell(mine, event) {
   const {event_type: type, agent_role: role, payload} = event;
   const at = Date.parse(event.timestamp);
   const streams = type === "TOKEN" || type === "REASONING";
   const who = role || streams ? member(mine, role || "Team") : null;
+  // The prompt stands above already; nobody wants to read an empty message, or one to oneself.
+  const {sent_from, content, send_to} = payload;
+  const isNews = sent_from !== "Human" && content !== "" && String(send_to) !== role;
   mine.latest = at;
   if (type === "AGENT_START") begin(mine, who, at, payload.action);
-  else if (type === "AGENT_COMPLETE") stop(who, at);
+  else if (type === "AGENT_COMPLETE") stop(mine, who, at);
   else if (streams) grow(mine, who, at, type, payload);
   else if (type === "RESULT") mine.result = payload;
   else if (type === "TASK_START") start(mine, at);
   else if (type.startsWith("TASK_")) end(mine, at, type, payload);
+  else if (type === "LOG" || !isNews) mine.log.push({at, role, payload});
   else place(mine, who, at, type, payload);
-}
-function turn(mine, who, at, doing) {
-  who.body = el("div", el("p", el("strong.name", spaced(who.role)), ` ${doing} `, when(mine, at)));
-  who.call = null;
-  mine.added.append(tint(who.role, el("li.turn", avatar(who.role), who.body)));
 }
 function grow(mine, who, at, type, {call_id, action, message}) {
   if (!isBusy(who)) begin(mine, who, at, action);
-  const key = type + call_id;
-  if (!who.calls.has(key)) who.calls.set(key, {type, action, text: ""});
-  who.call = who.calls.get(key);
-  who.call.text += message;
+  who.does = words(action);
+  if (!who.calls.has(call_id)) who.calls.set(call_id, {action, TOKEN: "", REASONING: ""});
+  who.text = who.calls.get(call_id)[type] += message;
 }
-function finish(who) {  // what was said is whole: a document
-  for (const {type, action, text} of who.calls.values()) {
-    const open = label => opener(label, () => present(words(action), text));
-    const whole = el("div.doc.card.told.TOKEN", rendered(text), open("Open"));
-    who.body.append(type === "TOKEN" ? whole : el("p.told.REASONING", open("thoughts")));
+function finish(mine, who, at) {  // what was said is whole: a document
+  for (const {action, TOKEN: text, REASONING: thoughts} of who.calls.values()) {
+    const type = /^Write(Code|Test)$/.test(action) && !text.includes("```") ? "code" : "md";
+    const title = `${spaced(who.role)} ${words(action)}`;
+    const open = (label, said) => said ? opener(label, () => present(title, said, type)) : "";
+    const buttons = el("footer.row", open("Open", text), open("Thoughts", thoughts));
+    const kind = text ? "TOKEN" : "REASONING";
+    const doc = el("div.doc.card.told." + kind, text ? rendered(text, type) : "", buttons);
+    rows(mine, who, at, words(action)).append(doc);
   }
   who.calls.clear();
+  who.text = "";
 }
-function place(mine, who, at, type, payload) {
-  const isOld = payload.sent_from === "Human" || payload.content === "";  // it is told already
-  const row = el(`p.told.${isOld ? "LOG" : type}`, wording(type, who, payload));
-  if (who && !who.body) turn(mine, who, at, "");
-  if (who && type !== "LOG") finish(who);
-  if (type === "ERROR") mine.failed = joined(who && spaced(who.role), words(payload.action));
-  if (type === "ERROR" && who) stop(who, at, "failed");
-  if (type === "ARTIFACT") mine.filesDue = true;
-  if (who) who.body.append(row);
-  else mine.added.append(el("li", {className: row.className}, when(mine, at), row));
+// Where the next row of a role goes: its turn lasts until another has something to tell.
+function rows(mine, who, at, does) {
+  if (mine.turn?.who === who && (!does || does === mine.turn.does)) return mine.turn.rows;
+  const what = el("span.dim.grow", does || who.does);
+  const head = el("p.row", el("strong.name", spaced(who.role)), " ", what, when(mine, at));
+  mine.turn = {who, does, rows: el("div.row")};
+  mine.added.append(tint(who.role, el("li", avatar(who.role), el("div", head, mine.turn.rows))));
+  return mine.turn.rows;
 }
-function wording(type, who, {message, path, change, content}) {
+function place(mine, who, at, type, {message, path, change, content, action}) {
   const named = who && message.startsWith(who.role + " ");  // it stands above already
   const text = (named ? message.slice(who.role.length + 1) : message).replace("<all>", "everybody");
-  if (type === "ARTIFACT" && change !== "deleted") return file(path, change + " ");
-  return content ? opener(text, () => present(text, content)) : text;
+  const [, to, name] = /^to (.+): (?:.*\/)?(.+)$/.exec(text) || [];
+  const isOf = row => name && row.matches(".ARTIFACT") && row.textContent.endsWith(name);
+  const made = mine.turn?.who === who && [...mine.turn.rows.children].find(isOf);
+  if (made) {  // the message hands over what was made just now
+    made.firstChild.append(` → ${to}`);
+    return made.classList.add(type);
+  }
+  let told = content ? opener(text, () => present(text, content)) : text;
+  if (type === "ARTIFACT") mine.filesDue = true;
+  if (type === "ARTIFACT" && change !== "deleted") told = file(path, change + " ");
+  const row = el("p.told." + type, told);
+  if (type === "ERROR") mine.failed = joined(who && spaced(who.role), words(action));
+  if (!who) return note(mine, row, when(mine, at));
+  finish(mine, who, at);
+  if (type === "ERROR") stop(mine, who, at, "failed");
+  rows(mine, who, at).append(row);
 }
 function start(mine, at) {
-  Object.assign(mine, {began: at, ended: 0, failed: "", result: null});
+  Object.assign(mine, {began: at, ended: 0, failed: "", result: null, turn: null});
   $("failure").hidden = true;
-  for (const who of mine.members.values()) Object.assign(who, {bars: [], end: "", body: null});
-  const head = el("p", el("strong", "You asked "), when(mine, at));
-  const asked = el("div", head, el("p.said", {dir: "auto"}, mine.task.input_prompt));
-  mine.added.append(el("li", el("span.avatar", {ariaHidden: true}, "?"), asked));
+  for (const who of mine.members.values()) Object.assign(who, {bars: [], end: ""});
+  const prompt = el("p.said", {dir: "auto"}, mine.task.input_prompt);
+  rows(mine, {role: "You", does: "asked"}, at).append(prompt);
 }
 function end(mine, at, type, payload) {
   const {files = [], message, cost, mode, rounds, end_reason, ...rest} = mine.result || {};
   const good = type === "TASK_COMPLETE";
   mine.ended = at;
   for (const who of mine.members.values()) {
-    stop(who, at, good ? "done" : "stopped");
+    stop(mine, who, at, good ? "done" : "stopped");
     who.end ||= "did not begin";
   }
   const how = type === "TASK_ERROR" ? "failed" : payload.message;  // why stands on top
@@ -9688,12 +9696,23 @@ function end(mine, at, type, payload) {
   const made = good ? [prose(rest), el("p.row", files.slice(0, 30).map(path => file(path)))] : [];
   mine.added.append(el("li", el("span"), el("div.card.md", head, made)));
 }
+function drawLog(mine) {  // only while it is looked at, and a part at a time
+  if (mine !== view || !$("log").checked || !mine.log.length) return;
+  const lines = mine.log.splice(0, BATCH).map(({at, role, payload}) => {
+    const name = role ? el("span.name", spaced(role) + " ") : [];
+    return tint(role, el("p", when(mine, at), " ", name, payload.message));
+  });
+  $("lines").append(el("div", lines));
+  setTimeout(drawLog, 0, mine);
+}
 function filter() {
-  const rules = [];
-  if (!$("log").checked) rules.push("#feed .LOG { display: none }");
-  if ($("kind").value) rules.push(`#feed .told:not(.${$("kind").value}) { display: none }`);
-  if ($("who").value) rules.push(`#feed > li:not(.r${$("who").value}) { display: none }`);
-  filters.replaceSync(rules.join("\n"));
+  const kind = $("kind").value;
+  const role = $("who").value;
+  const hidden = [$("log").checked ? "#feed" : "#lines"];
+  if (kind) hidden.push(`#feed .told:not(.${kind})`, `#feed > li:has(.told):not(:has(.${kind}))`);
+  if (role) hidden.push(`#feed > li:not(.r${role})`, `#lines p:not(.r${role})`);
+  filters.replaceSync(hidden.join(", ") + " { display: none }");
+  drawLog(view);
 }
 
 // What stands on top
@@ -9720,65 +9739,71 @@ function ask(mine, question) {
   mine.asked = question?.question_id;
   $("question").hidden = !question;
   if (!question) return;
-  const {agent_role, message, choices, free_text} = question;
-  const button = choice => el("button", {value: choice, formNoValidate: true}, choice);
-  const field = el("textarea", {id: "answer", required: true, ariaLabel: "Your answer"});
-  const free = choices && !free_text ? [] : [field, el("button.primary", "Answer")];
-  const inputs = [(choices || []).map(button), free];
+  const {question_id, agent_role, message, choices, free_text} = question;
+  const send = answer => attempt(post(path(mine.id, "/answers"), {question_id, answer}));
+  const field = el("textarea", {id: "answer", ariaLabel: "Your answer"});
+  const free = [field, el("button.primary", {onclick: () => send(field.value)}, "Answer")];
+  const buttons = (choices || []).map(each => el("button", {onclick: () => send(each)}, each));
   $("question").replaceChildren(el("strong", `${spaced(agent_role || "The team")} asks you`),
-    el("div.md", markdown(message)), el("div.row", inputs), el("p.bad", {role: "alert"}));
+    el("div.md", markdown(message)), el("div.row", buttons, choices && !free_text ? [] : free));
 }
 async function files(mine) {
   mine.filesDue = false;
   const found = await json(path(mine.id, "/artifacts")).catch(() => []);
   if (mine !== view) return;
-  const tree = new Map();
-  for (const {path} of found) {
-    const parts = path.split("/");
-    parts.forEach((part, depth) => {
-      const isFile = depth === parts.length - 1;
-      const line = el("li", isFile ? opener(part, () => show(path)) : part + "/");
-      const place = parts.slice(0, depth + 1).join("/");
-      line.style.paddingLeft = depth + "em";
-      if (!tree.has(place)) tree.set(place, line);
-    });
-  }
-  $("files").replaceChildren(...tree.values());
+  let folder = "";
+  const lines = found.flatMap(({path}) => {  // those of a folder come one after the other
+    const [, within = "", name] = /^(.*\/)?(.*)$/s.exec(path);
+    const head = within === folder ? [] : el("li.dim", within);
+    folder = within;
+    return [head, el("li", {style: "margin-left: 1rem"}, opener(name, () => show(path)))];
+  });
+  $("files").replaceChildren(...lines.flat());
   $("made").hidden = !found.length;
 }
 async function show(file) {
   const name = file.split("/").map(encodeURIComponent).join("/");
   const blob = await (await api(path(view.id, "/artifacts/" + name))).blob();
-  if (blob.type.startsWith("text/plain")) present(file, await blob.text(), blob);
-  else save(blob, file.split("/").at(-1));
+  if (!blob.type.startsWith("text/plain")) save(blob, file.split("/").at(-1));
+  else present(file, await blob.text(), /\.(\w+)$/.exec(file)?.[1], blob);
 }
 
-// What a person does
-function act(name, work) {
-  $(name).onclick = async () => {
-    $(name).disabled = true;
-    await work().catch(error => fail("That did not work", error.message));
-    $(name).disabled = offline > 0;
-  };
+// What a person does, by the button
+const ACTS = {
+  newer: () => list(-1),
+  older: () => list(1),
+  latest: () => main.scrollTo(0, main.scrollHeight),
+  cancel: () => post(path(view.id, "/cancel")),
+  async start() {
+    if (!$("home").reportValidity()) return;
+    const body = {input_prompt: $("prompt").value, options: options()};
+    const task = await (await post("api/tasks", body)).json();
+    await post(path(task.id, "/run"));
+    $("prompt").value = "";
+    location.hash = task.id;
+  },
+  async run() {
+    await post(path(view.id, "/run?restart=" + !isLive(view.state.status)));
+    if (view.over) connect(view);
+  },
+  async delete() {
+    await api(path(view.id), {method: "DELETE"});
+    location.hash = "";
+  },
+  async zip() {
+    save(await (await api(path(view.id, "/artifacts.zip"))).blob(), view.id + ".zip");
+  },
+};
+onclick = async ({target}) => {
+  if (!Object.hasOwn(ACTS, target.id)) return;
+  target.disabled = true;
+  await attempt(ACTS[target.id]());
+  target.disabled = false;
+};
+async function attempt(work) {
+  if (!offline) notify("");
+  await work?.catch(error => notify(error.message));
 }
-act("retry", retry);
-act("newer", () => list(-1));
-act("older", () => list(1));
-act("cancel", () => post(path(view.id, "/cancel")));
-act("run", async () => {
-  await post(path(view.id, "/run?restart=" + !isLive(view.state.status)));
-  if (view.over) connect(view);
-});
-act("delete", async () => {
-  await api(path(view.id), {method: "DELETE"});
-  location.hash = "";
-});
-act("zip", async () => {
-  const answer = await api(path(view.id, "/artifacts.zip"));
-  save(await answer.blob(), view.id + ".zip");
-});
-$("close").onclick = () => $("viewer").close();
-$("latest").onclick = () => main.scrollTo(0, main.scrollHeight);
 main.onscroll = () => {
   follow = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
   $("latest").hidden = follow;
@@ -9788,46 +9813,21 @@ $("examples").onclick = ({target}) => {
   if (target.type === "button") $("prompt").value = target.textContent;
   $("prompt").focus();
 };
+$("prompt").onkeydown = ({key, ctrlKey, metaKey}) => {
+  if (key === "Enter" && (ctrlKey || metaKey)) $("start").click();
+};
 function options() {
   const given = {};
-  for (const {name, type, value, checked} of $("form").querySelectorAll("[name]")) {
+  for (const {name, type, value, checked} of $("home").querySelectorAll("[name]")) {
     if (type === "checkbox") given[name] = checked;
     else if (value) given[name] = type === "number" ? Number(value) : value;
   }
   if (given.approve) given.approve = given.approve.split(/[\s,]+/);
   return given;
 }
-$("prompt").onkeydown = ({key, ctrlKey, metaKey}) => {
-  if (key === "Enter" && (ctrlKey || metaKey)) $("form").requestSubmit();
-};
-$("form").onsubmit = async event => {
-  event.preventDefault();
-  if ($("start").disabled) return;
-  $("start").disabled = true;
-  put($("problem"), "");
-  try {
-    const body = {input_prompt: $("prompt").value, options: options()};
-    const task = await (await post("api/tasks", body)).json();
-    await post(path(task.id, "/run"));
-    $("prompt").value = "";
-    location.hash = task.id;
-  } catch (error) {
-    put($("problem"), error.message);
-  }
-  $("start").disabled = offline > 0;
-};
-$("question").onsubmit = event => {
-  event.preventDefault();
-  const answer = event.submitter.value || $("answer").value;
-  const refused = error => put($("question").lastChild, error.message);
-  post(path(view.id, "/answers"), {question_id: view.asked, answer}).catch(refused);
-};
-$("login").onsubmit = event => {
-  event.preventDefault();
-  token = $("token").value;
-  sessionStorage.setItem("token", token);
-  $("login").hidden = true;
-  onhashchange();
+$("login").onclose = () => {
+  sessionStorage.setItem("token", $("token").value);
+  location.reload();
 };
 function tick() {
   seconds++;
@@ -9842,14 +9842,13 @@ function tick() {
 }
 async function greet() {
   const {mode, teams = []} = await json("healthz");
-  const company = el("option", {value: ""}, "the software company");
-  put($("mode"), mode === "test" ? "test mode: a scripted team, not MetaGPT" : "");
+  if (mode === "test") put($("mode"), "test mode");
   $("teams").hidden = !teams.length;
-  $("teams").lastChild.replaceChildren(company, ...teams.map(name => el("option", name)));
+  $("teams").lastElementChild.append(...teams.map(name => el("option", name)));
 }
 if (token) sessionStorage.setItem("token", token);
 if (location.search) history.replaceState(null, "", location.pathname + location.hash);
-for (const input of $("form").querySelectorAll("[name]")) input.title = input.name;
+for (const input of $("home").querySelectorAll("[name]")) input.title = input.name;
 $("mark").src = document.querySelector("[rel=icon]").href;
 document.adoptedStyleSheets = [filters];
 onhashchange = () => open(location.hash.slice(1));
