@@ -9061,7 +9061,7 @@ PAGE = r"""<!doctype html>
   font: 14px/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 * { box-sizing: border-box; accent-color: var(--accent); }
-[hidden], .watching #home, body:not(.watching) #task { display: none !important; }
+[hidden], .card:empty, .watching #home, body:not(.watching) #task { display: none !important; }
 body { margin: 0; display: grid; grid: auto minmax(0, 1fr) / 17rem minmax(0, 1fr); height: 100dvh; }
 body, dialog { background: var(--back); color: var(--text); }
 header, nav { overflow: auto; padding: .75rem; }
@@ -9081,13 +9081,12 @@ ul[id], ol[id] { list-style: none; padding: 0; }
 .bad, .ERROR { color: var(--bad); }
 a { display: block; color: inherit; text-decoration: none; }
 a, button, select, summary { cursor: pointer; }
-button, select, input, textarea { font: inherit; color: inherit; background: none; }
+button, select, input, textarea { font: inherit; color: inherit; background: var(--card); }
 select { max-width: 9rem; }
 button, select, input, textarea, nav > a { padding: .3rem .8rem; min-height: 2rem; }
 button, select, input, textarea, nav > a { border: 1px solid var(--line); border-radius: 8px; }
 button:hover:enabled, nav > a:hover { border-color: var(--dim); }
 .primary { background: var(--accent); color: var(--card); font-weight: 600; }
-.pill { border-radius: 2rem; color: var(--dim); background: var(--card); }
 :disabled { opacity: .5; cursor: default; }
 textarea, input { border-color: var(--dim); vertical-align: middle; }
 textarea, input:not([type=checkbox]), progress { width: 100%; }
@@ -9105,16 +9104,16 @@ progress { height: 6px; }
 #home { max-width: 46rem; margin: 12vh auto 2rem; }
 #home h2 { font-size: 2.2rem; }
 #box { padding: 0; border-color: var(--accent); box-shadow: 0 8px 30px #0001; }
-#box .row { padding: .25rem 1.1rem .75rem; align-items: end; }
-#prompt { min-height: 8rem; padding: 1rem 1.1rem; border: 0; outline: 0; resize: none; }
+#box .row { padding: .25rem 1rem .75rem; align-items: end; }
+#prompt { height: 8rem; padding: 1rem; border: 0; outline: 0; resize: none; background: none; }
 #task { display: grid; grid: auto 1fr/minmax(0, 67rem) 19rem; gap: 0 2rem; place-content: center; }
 #top { position: sticky; top: 0; z-index: 1; max-height: 65vh; overflow: auto; }
 #top { padding: 1.5rem 0 1rem; background: var(--card); }
-#question, #failure { border: 2px solid var(--accent); }
+#question, .card.bad { border: 2px solid; }
 .role { --role: light-dark(oklch(47% .14 var(--hue)), oklch(80% .11 var(--hue))); }
 .name, .avatar { color: var(--role); font-weight: 600; }
 .avatar { display: grid; place-items: center; width: 2rem; height: 2rem; border-radius: 50%; }
-.avatar { background: var(--role, var(--dim)); color: var(--card); font-size: .8rem; }
+.avatar { background: var(--role, var(--dim)); color: var(--card); font-size: .75rem; }
 #now > li { border-color: var(--role); }
 .tail { display: flex; flex-direction: column-reverse; height: 8rem; overflow: hidden; }
 .tail { font: var(--mono); mask-image: linear-gradient(transparent, #000 3rem); }
@@ -9137,6 +9136,7 @@ aside { overflow: auto; padding: 1.6rem 0; }
 .doc > footer { padding: .3rem 1.1rem; border-top: 1px solid var(--line); }
 .said, .md p, .tail, #lines { white-space: pre-wrap; overflow-wrap: anywhere; }
 .md ul, .md ol { padding-left: 1.4em; }
+.md li ul { padding: 0; list-style: none; }
 blockquote { padding-left: 1rem; border-left: 3px solid var(--line); color: var(--dim); }
 pre, code, #lines { font: var(--mono); }
 table { border-collapse: collapse; }
@@ -9172,9 +9172,8 @@ th, td { text-align: left; vertical-align: top; overflow-wrap: normal; }
 streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <small id=link role=status></small></header>
 <nav aria-label=Tasks><a href="#">+ New task</a><ul id=tasks></ul>
-<div class=row><button id=newer hidden>Newer</button>
-<button id=older hidden>Older</button></div></nav>
-<main><form id=home class=stack><h2><label for=prompt>What shall the team build?</label></h2>
+<div class=row><button id=newer hidden>Newer</button> <button id=older hidden>Older</button></div>
+</nav><main><form id=home class=stack><h2><label for=prompt>What shall the team build?</label></h2>
 <p class=dim>A team of AI agents plans, designs and writes it while you watch.</p>
 <div id=box class=card><textarea id=prompt required dir=auto></textarea>
 <div class=row><details class=grow><summary>Options</summary><div id=options class=tiles>
@@ -9183,17 +9182,16 @@ streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <label>Rounds at most <input name=n_round type=number min=1 max=50 value=5></label>
 <label>US dollars at most <input name=investment type=number min=0.01 step=any value=3></label>
 <label>Seconds at most <input name=timeout type=number min=1 step=any></label>
-<label>Name of the project
-<input name=project_name pattern="[A-Za-z][A-Za-z0-9_]*" maxlength=64></label>
+<label>Project name <input name=project_name pattern="[A-Za-z][A-Za-z0-9_]*" maxlength=64></label>
 <label>Wait for my word after <input name=approve placeholder="WritePRD, WriteDesign"></label>
 <label><input name=implement type=checkbox checked> Write the code</label>
 <label><input name=code_review type=checkbox checked> Review the code</label>
 <label><input name=run_tests type=checkbox> Test it: runs what the model wrote</label></div>
 </details><button type=button id=start class=primary title="Ctrl+Enter">Start</button></div>
 </div><div id=examples class=row>
-<button type=button class=pill>A to-do list for the terminal</button>
-<button type=button class=pill>A snake game for the browser</button>
-<button type=button class=pill>A web page that converts units</button></div></form>
+<button type=button>A to-do list for the terminal</button>
+<button type=button>A snake game for the browser</button>
+<button type=button>A web page that converts units</button></div></form>
 <article id=task><div id=top class=stack><div class=row><h2 id=title class=grow dir=auto></h2>
 <button id=run class=primary></button><button id=cancel>Stop</button>
 <button id=more class="link dim" popovertarget=sure>Delete …</button></div>
@@ -9201,8 +9199,8 @@ streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <button id=delete class=bad>Delete it</button></div>
 <p><span id=status role=status></span> <span id=facts class=dim></span></p>
 <progress id=progress max=1 aria-label=Progress></progress>
-<div id=question class="card stack" aria-live=polite hidden></div>
-<div id=failure class="card stack" role=alert hidden></div>
+<div id=question class="card stack" aria-live=polite></div>
+<div id=failure class="card stack bad" role=alert></div>
 <ul id=now class=tiles aria-label="At work"></ul></div>
 <aside class=stack aria-label="Team and files"><ul id=team class=tiles aria-label=Team></ul>
 <details id=made><summary>Files</summary><div class=stack>
@@ -9214,11 +9212,10 @@ streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <option value=ARTIFACT>files</option><option value=ERROR>errors</option></select>
 <label><input type=checkbox id=log> Log</label></div>
 <ol id=feed></ol><div id=lines></div></section>
-<button id=latest class=pill hidden>Jump to the latest ↓</button></article></main>
-<p id=notice class="card bad" role=alert hidden></p>
+<button id=latest hidden>Jump to the latest ↓</button></article></main>
+<p id=notice class="card bad" role=alert></p>
 <dialog id=login class=card aria-label=Token><form method=dialog class=row>
-<label class=grow>This server asks for its token
-<input type=password id=token autocomplete=off required></label>
+<label>This server's token <input type=password id=token autocomplete=off required></label>
 <button class=primary>Open</button></form></dialog>
 <dialog id=viewer class=card aria-labelledby=name><div class=row>
 <h3 id=name class=grow></h3><button id=copy>Copy</button>
@@ -9236,7 +9233,7 @@ const ACTIONS = {
   WriteTest: "writes tests",
 };
 const ADVICE = "What was made until then is kept. Mend what the reason names, and run it again.";
-const BATCH = 1000;  // messages, or lines of the log, that are shown before the browser gets a turn
+const BATCH = 1000;  // lines of the log that are made before the browser gets a turn
 const $ = id => document.getElementById(id);
 const main = document.querySelector("main");
 const roles = [];  // each has a colour by its index
@@ -9355,7 +9352,7 @@ async function copyTo(button, text) {
   put(button, "Copied");
 }
 function prose(value) {
-  if (typeof value === "string" && DIAGRAM.test(value)) return code(value, "mermaid");
+  if (typeof value === "string" && DIAGRAM.test(value)) return code(value.trim(), "mermaid");
   if (value === null || typeof value !== "object") return markdown(String(value));
   if (Array.isArray(value)) return el("ul", value.map(each => el("li", prose(each))));
   const filled = Object.entries(value).filter(([, inner]) => inner !== "" && inner?.length !== 0);
@@ -9401,10 +9398,7 @@ async function api(where, set = {}) {
   const message = error?.message || "HTTP " + answer.status;
   throw Object.assign(new Error(message), {status: answer.status});
 }
-function notify(text) {
-  $("notice").hidden = !text;
-  put($("notice"), text);
-}
+const notify = text => put($("notice"), text);
 function setOffline(left) {
   offline = left;
   notify(left ? `The server cannot be reached. Trying again in ${left} s.` : "");
@@ -9446,8 +9440,9 @@ function open(id) {
   view?.socket?.close();
   view = id ? {id, last: 0, queue: [], log: [], state: {}, members: new Map()} : null;
   follow = false;
-  for (const name of "title status facts now team feed lines".split(" ")) $(name).replaceChildren();
-  for (const name of "run cancel more question failure made".split(" ")) $(name).hidden = true;
+  const emptied = "title status facts question failure now team feed lines";
+  for (const name of emptied.split(" ")) $(name).replaceChildren();
+  for (const name of ["run", "cancel", "more", "made"]) $(name).hidden = true;
   $("who").length = 1;
   $("made").open = innerWidth > 1150;
   document.body.classList.toggle("watching", !!id);
@@ -9465,9 +9460,17 @@ async function load(mine) {
     put($("title"), mine.task.title || mine.task.input_prompt.slice(0, 80));
     document.title = $("title").textContent + " - streamer";
     expect(mine);
+    await recall(mine);
     connect(mine);
   } catch (error) {
     if (mine === view && error.status) gone(error.message);
+  }
+}
+async function recall(mine) {  // what happened until now: by the thousand, ten times as fast
+  for (let more = true; more && mine === view; flush(mine)) {
+    const found = await json(path(mine.id, `/events?limit=1000&after=${mine.last}`));
+    mine.queue.push(...found.events.map(data => ({type: "event", data})));
+    more = found.has_more;
   }
 }
 function connect(mine) {
@@ -9487,7 +9490,7 @@ function connect(mine) {
 }
 function flush(mine) {
   mine.added = document.createDocumentFragment();
-  for (const {type, data} of mine.queue.splice(0, BATCH)) {
+  for (const {type, data} of mine.queue.splice(0)) {
     if (mine === view) RECEIVE[type]?.(mine, data);
   }
   if (mine !== view) return;
@@ -9495,13 +9498,12 @@ function flush(mine) {
   draw(mine);
   drawLog(mine);
   if (follow) main.scrollTop = main.scrollHeight;
-  if (mine.queue.length) setTimeout(flush, 0, mine);
 }
 const RECEIVE = {
-  connected(mine, {first_event_id: first, recovered}) {
+  connected(mine, {recovered}) {
     if (!recovered && mine.last) open(mine.id);
-    else if (mine.last) note(mine, `connected again, after event ${mine.last}`);
-    else if (first > 1) note(mine, `events before ${first} are not kept any more`);
+    else if (mine.wasLive) note(mine, `connected again, after event ${mine.last}`);
+    mine.wasLive = true;
     setOffline(0);
     put($("link"), "live");
   },
@@ -9510,8 +9512,10 @@ const RECEIVE = {
     mine.state = state;
   },
   event(mine, event) {
-    if (event.event_id <= mine.last) return;
-    mine.last = event.event_id;
+    const {event_id: id} = event;
+    if (id <= mine.last) return;
+    if (!mine.last && id > 1) note(mine, `events before ${id} are not kept any more`);
+    mine.last = id;
     try {
       tell(mine, event);
     } catch {  // a runner of somebody's own may say anything
@@ -9537,8 +9541,7 @@ function gone(message) {
   fail("This task cannot be shown", message);
 }
 function fail(title, reason, advice = "") {
-  $("failure").hidden = false;
-  $("failure").replaceChildren(el("strong.bad", title), el("p", reason), el("p.dim", advice));
+  $("failure").replaceChildren(el("strong", title), el("p", reason), el("p.dim", advice));
 }
 
 // The team
@@ -9562,7 +9565,7 @@ function member(mine, role) {
 }
 function avatar(role) {
   const capitals = role === "ProjectManager" ? "PJ" : role.replace(/[^A-Z]/g, "");  // PM is taken
-  return el("span.avatar", {ariaHidden: true}, (capitals[1] ? capitals : role).slice(0, 2));
+  return el("span.avatar", {ariaHidden: true}, (capitals[1] ? capitals : role).slice(0, 3));
 }
 function tint(role, element) {
   if (!role) return element;
@@ -9603,9 +9606,8 @@ function drawMember(who, {waiting_on: waits, cost}, began, now) {
 
 // The story
 const when = (mine, at) => el("time", {title: new Date(at)}, "+" + clock(at - mine.began));
-const file = (path, change = "") => (
-  el("button", {onclick: () => show(path)}, change + path.split("/").slice(-2).join("/"))
-);
+const file = (path, change = "") => el("button", {title: path, onclick: () => show(path)},
+  change + path.split("/").slice(-2).join("/"));
 function note(mine, ...inside) {  // a row of nobody's
   mine.turn = null;
   mine.added.append(el("li.note.dim", el("span"), el("div.row", inside)));
@@ -9659,12 +9661,12 @@ function rows(mine, who, at, does) {
 function place(mine, who, at, type, {message, path, change, content, action}) {
   const named = who && message.startsWith(who.role + " ");  // it stands above already
   const text = (named ? message.slice(who.role.length + 1) : message).replace("<all>", "everybody");
+  if (who) finish(mine, who, at);
   const [, to, name] = /^to (.+): (?:.*\/)?(.+)$/.exec(text) || [];
-  const isOf = row => name && row.matches(".ARTIFACT") && row.textContent.endsWith(name);
-  const made = mine.turn?.who === who && [...mine.turn.rows.children].find(isOf);
+  const made = name && who && rows(mine, who, at).querySelector(`[title$="${CSS.escape(name)}"]`);
   if (made) {  // the message hands over what was made just now
-    made.firstChild.append(` → ${to}`);
-    return made.classList.add(type);
+    made.append(` → ${to}`);
+    return made.parentNode.classList.add(type);
   }
   let told = content ? opener(text, () => present(text, content)) : text;
   if (type === "ARTIFACT") mine.filesDue = true;
@@ -9672,13 +9674,12 @@ function place(mine, who, at, type, {message, path, change, content, action}) {
   const row = el("p.told." + type, told);
   if (type === "ERROR") mine.failed = joined(who && spaced(who.role), words(action));
   if (!who) return note(mine, row, when(mine, at));
-  finish(mine, who, at);
   if (type === "ERROR") stop(mine, who, at, "failed");
   rows(mine, who, at).append(row);
 }
 function start(mine, at) {
   Object.assign(mine, {began: at, ended: 0, failed: "", result: null, turn: null});
-  $("failure").hidden = true;
+  $("failure").replaceChildren();
   for (const who of mine.members.values()) Object.assign(who, {bars: [], end: ""});
   const prompt = el("p.said", {dir: "auto"}, mine.task.input_prompt);
   rows(mine, {role: "You", does: "asked"}, at).append(prompt);
@@ -9731,14 +9732,13 @@ function draw(mine) {
   $("run").hidden = !!queued || status === "RUNNING" || status === "SUCCEEDED";
   $("cancel").hidden = !isLive(status);
   $("more").hidden = false;
-  if (error && $("failure").hidden) fail(joined("It failed", mine.failed), error, ADVICE);
+  if (error && !$("failure").firstChild) fail(joined("It failed", mine.failed), error, ADVICE);
   if (question?.question_id !== mine.asked) ask(mine, question);
   if (mine.filesDue) files(mine);
 }
 function ask(mine, question) {
   mine.asked = question?.question_id;
-  $("question").hidden = !question;
-  if (!question) return;
+  if (!question) return $("question").replaceChildren();
   const {question_id, agent_role, message, choices, free_text} = question;
   const send = answer => attempt(post(path(mine.id, "/answers"), {question_id, answer}));
   const field = el("textarea", {id: "answer", ariaLabel: "Your answer"});

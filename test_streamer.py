@@ -9225,9 +9225,9 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
     assert page.locator("#feed > li:has-text('You asked')").inner_text().endswith(ODD_TEXT)
     assert [line.split("\n")[0] for line in page.locator("#team > li").all_inner_texts()] == [
         "PM",
-        "Ar",
+        "Arc",
         "PJ",
-        "En",
+        "Eng",
     ]
     assert page.locator("#feed .TASK_COMPLETE").count() == 1
     assert page.inner_text("#feed .MESSAGE >> nth=0") == "created docs/prd.md → everybody"
@@ -9635,6 +9635,38 @@ def test_page_keeps_story_and_log_apart(tmp_path: Path, chromium: Any) -> None:
         assert rows() == ["created a/Architect.py", "created a/Sam.py"]
 
 
+def test_page_tells_each_thing_once_and_nothing_empty(tmp_path: Path, chromium: Any) -> None:
+    """A message that hands over a file is told on that file; code is code, also without a fence."""
+    with watched_page(chromium, tmp_path) as (_, page, _):
+        role = "ProjectManager"
+        team_event(page, "AGENT_START", role, action="WriteCode")
+        team_event(
+            page, "TOKEN", role, action="WriteCode", call_id="1", message="import os\nx = 'a'"
+        )
+        team_event(page, "ARTIFACT", role, path="src/app.py", change="created")
+        message = f"{role} to <all>: src/app.py"
+        team_event(page, "MESSAGE", role, message=message, content="x", send_to=["<all>"])
+        team_event(page, "AGENT_COMPLETE", role)
+        for receiver in ("Engineer", "Edward"):
+            team_event(page, "AGENT_START", "Engineer", action="SummarizeCode")
+            content = "app.py" if receiver == "Engineer" else ""
+            message = f"Engineer to {receiver}: {content}"
+            told = {"message": message, "content": content, "send_to": [receiver]}
+            team_event(page, "MESSAGE", "Engineer", **told)
+            team_event(page, "AGENT_COMPLETE", "Engineer")
+        team_event(page, "MESSAGE", role, message=f"{role} to <all>: done")
+        page.wait_for_selector("#feed >> text=to everybody: done")
+        turns = page.locator("#feed > li p:first-child .name").all_inner_texts()
+        assert turns == ["You", "Engineer", "Project Manager"]
+        assert page.locator("#feed .code pre").all_text_contents() == ["1\n2", "import os\nx = 'a'"]
+        assert page.locator("#feed .code b, #feed .code q").all_text_contents() == ["import", "'a'"]
+        assert page.locator("#feed .ARTIFACT").all_text_contents() == [
+            "created src/app.py → everybody"
+        ]
+        initials = page.locator("#feed .avatar").all_inner_texts()
+        assert initials == ["You", "Eng", "PJ"]
+
+
 def test_page_follows_until_a_person_scrolls(tmp_path: Path, chromium: Any) -> None:
     """The latest stays in sight, not against a person's will; an old task shows its top."""
     with watched_page(chromium, tmp_path) as (_, page, gate):
@@ -9829,12 +9861,25 @@ def test_page_is_accessible_in_every_state(tmp_path: Path, chromium: Any) -> Non
         receive(page, "state", **state, question=question, error_message="why")
         page.check("#log")
         page.wait_for_selector("#question:visible")
-        check()  # running, with a question and a failure
+        check()  # running, with a question, a failure and the log
         page.uncheck("#log")
+        check()  # with the story
+        page.click("#more")
+        page.wait_for_selector("#delete:visible")
+        check()
+        page.keyboard.press("Escape")
         page.click("#feed .doc button:has-text('Open')")
         check()
         page.keyboard.press("Escape")
         page.evaluate("setOffline(1000)")
+        check()
+        waiting = {**state, "status": "PENDING", "last_message": "waiting for a free slot"}
+        receive(page, "state", **waiting)
+        page.wait_for_selector("#status:has-text('queued')")
+        check()
+        team_event(page, "TASK_CANCELLED", None, message="cancelled by a client")
+        receive(page, "state", **{**state, "status": "CANCELLED"})
+        page.wait_for_selector("#feed .TASK_CANCELLED")
         check()
         gate.go.set()
         wait_until(lambda: client.get("/healthz")["tasks"] == {"SUCCEEDED": 1})
@@ -9842,6 +9887,7 @@ def test_page_is_accessible_in_every_state(tmp_path: Path, chromium: Any) -> Non
         page.wait_for_selector("#feed .TASK_COMPLETE")
         check()
         page.goto(client.url)
+        check()
         page.click("summary:has-text('Options')")
         page.wait_for_selector("#tasks .SUCCEEDED")
         check()
