@@ -9103,13 +9103,13 @@ progress { height: 6px; }
 .CANCELLED::before, .TASK_CANCELLED::before { content: "■ "; }
 #home { max-width: 46rem; margin: 12vh auto 2rem; }
 #home h2 { font-size: 2.2rem; }
-#box { padding: 0; border-color: var(--accent); box-shadow: 0 8px 30px #0001; }
+#box, #question { border-color: var(--accent); box-shadow: 0 8px 30px #0001; }
 #box .row { padding: .25rem 1rem .75rem; align-items: end; }
 #prompt { height: 8rem; padding: 1rem; border: 0; outline: 0; resize: none; background: none; }
 #task { display: grid; grid: auto 1fr/minmax(0, 67rem) 19rem; gap: 0 2rem; place-content: center; }
 #top { position: sticky; top: 0; z-index: 1; max-height: 65vh; overflow: auto; }
 #top { padding: 1.5rem 0 1rem; background: var(--card); }
-#question, .card.bad { border: 2px solid; }
+.card.bad { border-color: currentColor; }
 .role { --role: light-dark(oklch(47% .14 var(--hue)), oklch(80% .11 var(--hue))); }
 .name, .avatar { color: var(--role); font-weight: 600; }
 .avatar { display: grid; place-items: center; width: 2rem; height: 2rem; border-radius: 50%; }
@@ -9130,7 +9130,7 @@ aside { overflow: auto; padding: 1.6rem 0; }
 #feed > li { background: linear-gradient(var(--line) 0 0) 1rem 2.4rem / 1px 100% no-repeat; }
 #feed p + * { margin-top: .5rem; }
 .told:not(.ARTIFACT) { width: 100%; }
-.doc { padding: 0; overflow: hidden; }
+.doc, #box { padding: 0; overflow: hidden; }
 .doc > .md { padding: 1rem 1.1rem; max-height: 22rem; overflow: hidden; }
 .doc > .md { mask-image: linear-gradient(#000 17rem, transparent 22rem); }
 .doc > footer { padding: .3rem 1.1rem; border-top: 1px solid var(--line); }
