@@ -764,6 +764,14 @@ TRANSITIONS: Mapping[TaskStatus, frozenset[TaskStatus]] = {
 }
 
 
+class Origin(NamedTuple):
+    """What another protocol calls the request for a task."""
+
+    conversation: str
+    message_id: str
+    run_id: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One request for work, as clients see it."""
@@ -777,8 +785,7 @@ class Task:
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
     result_summary: str | None = None
-    conversation: str | None = None  # of another protocol, whose latest task this may be
-    message_id: str | None = None  # of the message of that conversation which asked for it
+    origin: Origin | None = None
 
     @property
     def headline(self) -> str:
@@ -787,7 +794,7 @@ class Task:
     def as_dict(self) -> dict[str, Any]:
         """As clients see it."""
         data = asdict(self)
-        del data["conversation"], data["message_id"]
+        del data["origin"]
         return data
 
     def to(self, status: TaskStatus, result_summary: str | None = None) -> Task:
@@ -850,7 +857,7 @@ class TaskState(NamedTuple):
     cost: Mapping[str, Any] = NO_COST  # of all of the task's runs
     waiting: tuple[str, str | None, float] | None = None  # on a model: role, action, time.time()
     question: Mapping[str, Any] | None = None  # that a person is asked
-    answers: Mapping[str, int] = {}  # a message_id, or "" → the event of the question it answered
+    answers: Mapping[str, int] = {}  # a message_id → the event of the question that it answered
 
     def after(
         self, drafts: Sequence[Draft], changes: Mapping[str, Any], last_event_id: int
@@ -868,11 +875,11 @@ class TaskState(NamedTuple):
                 question = {**asked, "agent_role": draft.agent_role, "event_id": event_id}
                 values["question"] = question
             elif draft.type is EventType.ANSWER and question is not None:
-                message_id = json.loads(draft.payload).get("message_id", "")
-                answers.pop(message_id, None)
-                answers[message_id] = question["event_id"]
                 values["question"] = None
-                values["answers"] = dict(list(answers.items())[-MOST_ANSWERS:])
+                message_id = json.loads(draft.payload).get("message_id")
+                if message_id is not None:
+                    answers[message_id] = question["event_id"]
+                    values["answers"] = dict(list(answers.items())[-MOST_ANSWERS:])
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
         values |= changes
@@ -1097,6 +1104,8 @@ def _load(task_text: str, state_text: str, *, first_event_id: int = 1) -> Record
         task = json.loads(task_text)
         state = json.loads(state_text)
         task["status"] = TaskStatus(task["status"])
+        if task["origin"] is not None:
+            task["origin"] = Origin(*task["origin"])
         state["status"] = TaskStatus(state["status"])
         if state["waiting"] is not None:
             state["waiting"] = tuple(state["waiting"])
@@ -1357,8 +1366,10 @@ class MemoryStore(Store):
 
     async def latest(self, conversation: str) -> str | None:
         newest_first = (record.task for record in reversed(self._records.values()))
-        found = (task.id for task in newest_first if task.conversation == conversation)
-        return next(found, None)
+        for task in newest_first:
+            if task.origin is not None and task.origin.conversation == conversation:
+                return task.id
+        return None
 
     async def forget(self, task_id: str) -> None:
         async with self._changing:
@@ -1935,6 +1946,8 @@ class RedisStore(Store):
         super().__init__(settings)
         self._lease = settings.lease
         self._max_age = math.ceil(settings.max_age)
+        # Longer than its task can be asked and kept: each look at it begins this anew.
+        self._conversation_age = self._max_age + math.ceil(settings.answer_timeout)
         self._replica = uuid.uuid4().hex
         self._claiming: set[str] = set()
         self._page = self.PAGE
@@ -2019,8 +2032,9 @@ class RedisStore(Store):
             state = _dump(TaskState(task_id=task.id))
             pipe.hset(key, mapping={"status": task.status, "task": text, "state": state})
             pipe.expire(key, self._max_age)
-            if task.conversation is not None:
-                pipe.set(self.CONVERSATION + task.conversation, task.id, ex=self._max_age)
+            if task.origin is not None:
+                conversation = self.CONVERSATION + task.origin.conversation
+                pipe.set(conversation, task.id, ex=self._conversation_age)
             return forgotten
 
         return await self._link.changed(create, key, self.TASKS, self.CLAIMED)
@@ -2090,7 +2104,9 @@ class RedisStore(Store):
 
     async def latest(self, conversation: str) -> str | None:
         key = self.CONVERSATION + conversation
-        (task_id,) = await self._link.pipelined(lambda pipe: pipe.get(key))
+        task_id, _ = await self._link.pipelined(
+            lambda pipe: pipe.get(key).expire(key, self._conversation_age)
+        )
         return str(task_id) if task_id else None
 
     async def forget(self, task_id: str) -> None:
@@ -2500,7 +2516,9 @@ class Broker:
             )
             before = self.state
             if again:
-                before = TaskState(task_id=self.task.id, cost=self.state.cost)
+                before = TaskState(
+                    task_id=self.task.id, cost=self.state.cost, answers=self.state.answers
+                )
             state = before.after(drafts, values, last + len(events))
             if task or state != self.state:
                 await self.claim.write(state, events, task)
@@ -3070,35 +3088,40 @@ class Run:
             "choices": [*map(str, choices)] if choices else None,
             "free_text": free_text or not choices,
         }
-        answer = self._wait_for_answer(
-            self.draft(EventType.QUESTION, asked, agent_role), question_id
-        )
-        if answer is None:
-            self.outbox.put({"question": None})
-            self.check_cancelled()
-            seconds = f"{self.answer_timeout:g} s, the setting answer_timeout"
-            raise RunFailed(f"nobody answered within {seconds}: {quoted(str(question))}")
-        told = {"message": answer.text, "question_id": question_id}
-        if answer.message_id is not None:
-            told["message_id"] = answer.message_id
-        self.outbox.put(self.draft(EventType.ANSWER, told))
+        self._begin_question(question_id)
+        try:
+            self.outbox.put(self.draft(EventType.QUESTION, asked, agent_role))
+            with self._asking:
+                self._asking.wait_for(self._is_answered, self.answer_timeout)
+                answer = self._answer
+            if answer is None:
+                self.outbox.put({"question": None})
+                self.check_cancelled()
+                seconds = f"{self.answer_timeout:g} s, the setting answer_timeout"
+                raise RunFailed(f"nobody answered within {seconds}: {quoted(str(question))}")
+            told = {"message": answer.text, "question_id": question_id}
+            if answer.message_id is not None:
+                told["message_id"] = answer.message_id
+            self.outbox.put(self.draft(EventType.ANSWER, told))
+        finally:
+            self._end_question()
         return answer.text
 
-    def _wait_for_answer(self, question: Draft, question_id: str) -> AnswerGiven | None:
-        """Asks once no other question is open. None where the run ended, or nobody answered."""
-        ended = self._cancelled.is_set
+    def _begin_question(self, question_id: str) -> None:
+        """Waits until no other question is open."""
         with self._asking:
-            self._asking.wait_for(lambda: not self._question_id or ended())
+            self._asking.wait_for(lambda: not self._question_id or self._cancelled.is_set())
             self.check_cancelled()
             self._question_id = question_id
-        self.outbox.put(question)
+
+    def _is_answered(self) -> bool:
+        return self._answer is not None or self._cancelled.is_set()
+
+    def _end_question(self) -> None:
         with self._asking:
-            self._asking.wait_for(lambda: self._answer or ended(), self.answer_timeout)
-            answer = self._answer
             self._question_id = ""
             self._answer = None
             self._asking.notify_all()
-        return answer
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -6343,8 +6366,7 @@ class Supervisor:
         title: str | None,
         options: Mapping[str, Any],
         key: str | None = None,
-        conversation: str | None = None,
-        message_id: str | None = None,
+        origin: Origin | None = None,
     ) -> tuple[Task, bool]:
         """A PENDING task, and whether it is new: a key that was used gives its task again.
 
@@ -6358,8 +6380,7 @@ class Supervisor:
             input_prompt=prompt,
             mode=self.engine.mode,
             options=options,
-            conversation=conversation,
-            message_id=message_id,
+            origin=origin,
         )
         try:
             forgotten = await self.store.create(task)
@@ -6397,14 +6418,14 @@ class Supervisor:
 
     async def _start_claimed(self, broker: Broker) -> None:
         try:
-            self._check_room(broker.task.id)
+            self.check_room(broker.task.id)
             if broker.ended:
                 self._restarting += 1
                 try:
                     await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
                 finally:
                     self._restarting -= 1
-                self._check_room(broker.task.id)  # it may be deleted meanwhile
+                self.check_room(broker.task.id)  # it may be deleted meanwhile
         except StreamerError:
             await broker.let_go()
             self._follow(broker)
@@ -6412,7 +6433,8 @@ class Supervisor:
             raise
         self._group.start_soon(self._execute, self._activate(broker))
 
-    def _check_room(self, task_id: str) -> None:
+    def check_room(self, task_id: str) -> None:
+        """Whether it can be started. Raises TooManyTasks, ServerClosing, TaskNotFound."""
         self._refuse_if_closing()
         if task_id in self._deleting:
             raise TaskNotFound(f"task {task_id} not found: it is being deleted")
@@ -6738,13 +6760,16 @@ class Operation(NamedTuple):
         return operation
 
 
+NOT_SENT = ("origin", "waiting", "answers")
+
+
 def schema_of(kind: type) -> dict[str, Any]:
     """Of what clients are sent of a class, by its annotations."""
     names = {each: name for name, (*_, each) in JSON_KINDS.items()}
     names |= {TaskStatus: "string", Mapping[str, Any]: "object", types.NoneType: "null"}
     properties = {}
     for name, hint in get_type_hints(kind).items():
-        if name not in ("conversation", "message_id", "waiting", "answers"):  # nobody is sent them
+        if name not in NOT_SENT:
             kinds = [hint] if hint in names else get_args(hint)
             properties[name] = {"type": [names[each] for each in kinds]}
     return {"type": "object", "title": kind.__name__, "properties": properties}
@@ -7648,7 +7673,10 @@ class AGUITranslator(Translator):
         if kind in AGENT_STATUS:
             yield from self._finish_step(role)
         if kind is EventType.AGENT_START:
-            self._steps[role] = f"{role}: {payload.get('action', 'work')}"
+            name = f"{role}: {payload.get('action', 'work')}"
+            if name in self._steps.values():  # of another role, whose name has a colon
+                name += f" ({event['event_id']})"
+            self._steps[role] = name
             yield {"type": "STEP_STARTED", "stepName": self._steps[role]}
         elif kind is EventType.RESULT:
             self._result = payload
@@ -7697,26 +7725,25 @@ class TranslatedStream(EventStream):
 
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
         translator = self._translator
-        has_asked = False
-        is_over = False
+        asked = 0  # the event of the last question
+        is_answered = False
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
                 if delivery.gap is not None:
                     raise delivery.gap  # which these protocols cannot tell, and go on
-                question = subscription.broker.state.question
-                for event in delivery.events:
-                    is_over = has_asked and event.type is EventType.ANSWER
-                    if is_over:
+                for each in delivery.events:
+                    event = json.loads(each.data)
+                    if asked and each.type is EventType.ANSWER and "message_id" in event["payload"]:
+                        is_answered = True  # by a message, which has a turn of its own
                         break
-                    yield self._lines(translator.event(json.loads(event.data)))
-                    has_asked = has_asked or event.type is EventType.QUESTION
-                    is_over = question is not None and event.id == question["event_id"]
-                    if is_over:
-                        break
+                    if each.type is EventType.QUESTION:
+                        asked = each.id
+                    yield self._lines(translator.event(event))
                 if delivery.state is not None:
                     yield self._lines(translator.state(json.loads(delivery.state)["data"]))
-                if is_over:
+                question = subscription.broker.state.question
+                if is_answered or (question is not None and question["event_id"] == asked):
                     break
             yield self._lines(translator.end())
         except StreamerError as error:
@@ -7730,14 +7757,13 @@ class TranslatedStream(EventStream):
 class UserMessage(NamedTuple):
     """The last message of a conversation's user, and what their client had shown before it."""
 
-    conversation: str
-    id: str  # of this text in this message of this conversation
+    origin: Origin
     text: str
     history: Sequence[Any]  # up to it
-    follows: str | None  # the id of the one before, where that is the user's too
-    shown_task: str | None = None  # whose words were shown last
-    shown_question: str | None = None  # which those ended with
+    follows: str | None  # the id of the one right before it, where that is the user's too
     is_edited: bool = False
+    shown_task: str | None = None  # whose words were shown last; None where the client does not say
+    shown_question: str | None = None  # the last of that task
 
 
 def _dig(value: Any, *path: str | int) -> str | None:
@@ -7759,10 +7785,11 @@ def _text_of(message: JSONObject) -> str | None:
 
 
 def _message_id(conversation: str, message: JSONObject) -> str:
+    """Of this text in this message."""
     return task_id_of(json.dumps([conversation, _dig(message, "id"), _text_of(message)]))
 
 
-def _users_message(body: JSONObject, conversation: str) -> UserMessage:
+def _users_message(body: JSONObject, conversation: str, run_id: str | None = None) -> UserMessage:
     """Raises InvalidRequest."""
     messages = body.get("messages")
     if not isinstance(messages, list):
@@ -7778,8 +7805,8 @@ def _users_message(body: JSONObject, conversation: str) -> UserMessage:
     follows = None
     if before and _dig(before[-1], "role") == "user":
         follows = _message_id(conversation, before[-1])
-    own_id = _message_id(conversation, message)
-    return UserMessage(conversation, own_id, text, [*before, message], follows)
+    origin = Origin(conversation, _message_id(conversation, message), run_id)
+    return UserMessage(origin, text, [*before, message], follows)
 
 
 async def _find(supervisor: Supervisor, task_id: str | None) -> Record | None:
@@ -7789,75 +7816,142 @@ async def _find(supervisor: Supervisor, task_id: str | None) -> Record | None:
         return None
 
 
-async def _latest(supervisor: Supervisor, conversation: str) -> Record | None:
-    return await _find(supervisor, await supervisor.store.latest(conversation))
+def _latest_turn(record: Record) -> Turn:
+    return Turn(record.task, max(record.state.answers.values(), default=0), is_new=False)
 
 
-def _question_for(message: UserMessage, task: Task, state: TaskState) -> str | None:
-    """The id of the question that a message answers, be it open or not."""
-    was_refused = message.follows not in (None, task.message_id, *state.answers)
-    if message.shown_question is not None and not was_refused:  # after a refusal it is talk anew
-        return message.shown_question
-    is_older = message.is_edited or message.shown_task not in (None, task.id)
-    return None if is_older or state.question is None else str(state.question["question_id"])
-
-
-async def _turn_of(
-    supervisor: Supervisor, message: UserMessage, task: Task, state: TaskState, again: bool
-) -> Turn | None:
-    """What a conversation's task has for a message, whose answer it may be; None where the
-    message asks for another task. Raises QuestionClosed.
-    """
+def _turn_of(message: UserMessage, record: Record, again: bool) -> Turn | None:
+    """What a task has answered to a message, or will; None where it was not asked by that."""
+    task, state, _ = record
+    message_id = message.origin.message_id
     is_live = state.status not in ENDED
-    if message.id in state.answers and (is_live or not again):
-        return Turn(task, state.answers[message.id], is_new=False)
-    if message.id == task.message_id and is_live:
-        return Turn(await supervisor.start(task.id), is_new=False)
-    if again or message.id == task.message_id:
+    if message_id in state.answers and (is_live or not again):
+        return Turn(task, state.answers[message_id], is_new=False)
+    if task.origin is not None and task.origin.message_id == message_id and is_live:
+        return Turn(task, is_new=False)
+    return None
+
+
+def _question_for(
+    message: UserMessage, shown: Record | None, latest: Record | None
+) -> tuple[str, str] | None:
+    """The task and the id of the question that a message answers, be it open or not.
+
+    That is the one which the client has shown. One that shows no history may mean the open one.
+    """
+    if message.shown_task is None:
+        question = latest.state.question if latest is not None else None
+        if latest is None or question is None or message.is_edited:
+            return None
+        return latest.task.id, question["question_id"]
+    if message.shown_question is None:
         return None
-    question_id = _question_for(message, task, state)
-    if question_id is None:
-        return None
+    if message.follows is not None:  # one that was refused, perhaps: its user knows, and goes on
+        answered: Collection[str] = ()
+        if shown is not None and shown.task.origin is not None:
+            answered = (shown.task.origin.message_id, *shown.state.answers)
+        question = shown.state.question if shown is not None else None
+        is_open = question is not None and question["question_id"] == message.shown_question
+        if message.follows not in answered and not is_open:
+            return None
+    return message.shown_task, message.shown_question
+
+
+async def _answered(
+    supervisor: Supervisor, message: UserMessage, task_id: str, question_id: str
+) -> Turn:
+    """The turn behind an answer, which may come by several connections at once.
+
+    Raises QuestionClosed, TaskNotFound.
+    """
     try:
-        asked = await supervisor.answer(task.id, question_id, message.text, message.id)
-        return Turn(task, asked)
+        message_id = message.origin.message_id
+        asked = await supervisor.answer(task_id, question_id, message.text, message_id)
+        return Turn(await supervisor.get(task_id), asked)
     except QuestionClosed:
-        answers = (await supervisor.state(task.id)).answers
-        if message.id not in answers:
+        turn = _turn_of(message, await supervisor.record(task_id), again=False)
+        if turn is None:
             raise
-        return Turn(task, answers[message.id], is_new=False)  # it came by two connections at once
+        return turn
+
+
+async def _turn_there_is(
+    supervisor: Supervisor, message: UserMessage, records: Sequence[Record | None], again: bool
+) -> Turn | None:
+    """What answers a message, but for a new task; `records`: of its own task, of that which was
+    shown before it, and of the conversation's latest. Raises QuestionClosed, TaskNotFound.
+    """
+    own, shown, latest = records
+    for record in filter(None, records):
+        turn = _turn_of(message, record, again)
+        if turn is not None:
+            with contextlib.suppress(TaskEnded):
+                await supervisor.start(turn.task.id)
+            return turn
+    if again:
+        if latest is None or latest.state.status in ENDED:
+            return None
+        return _latest_turn(latest)
+    asked = None if own is not None else _question_for(message, shown, latest)
+    return None if asked is None else await _answered(supervisor, message, *asked)
 
 
 async def _next_turn(
-    supervisor: Supervisor, message: UserMessage, key: str, given: Any, again: bool = False
+    supervisor: Supervisor, message: UserMessage, given: Any, again: bool = False
 ) -> Turn:
-    """Answers the question that the conversation's task asks, or starts its next task.
+    """What answers a message: what did already, what follows an open question, or a new task.
 
-    A `key` is one request's: who sends it again gets the same turn. `again` asks for another
-    task where that of the message has ended. Raises QuestionClosed, IdempotencyConflict.
+    `again` asks for another task where that of the message has ended; so does another run of the
+    same message. Raises QuestionClosed, TaskNotFound, IdempotencyConflict.
     """
-    prompt, title, options = parse_task(
-        {"input_prompt": message.text, "options": given or {}},
-        supervisor.settings,
-        supervisor.engine.teams,
-    )
-    latest = await _latest(supervisor, message.conversation)
-    if again and latest is not None:
-        key = f"{key} after {latest.task.id}"
-    if latest is not None and await _find(supervisor, task_id_of(key)) is None:
-        turn = await _turn_of(supervisor, message, latest.task, latest.state, again)
+    words = "the text of the user's last message"
+    prompt = parse_text({words: message.text}, words, supervisor.settings.max_prompt)
+    body = {"input_prompt": prompt, "options": given or {}}
+    _, title, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
+    origin = message.origin
+    key = origin.message_id
+    own = await _find(supervisor, task_id_of(key))
+    if again or own is None or own.task.origin != origin:
+        latest_id = await supervisor.store.latest(origin.conversation)
+        records = (
+            own,
+            await _find(supervisor, message.shown_task),
+            await _find(supervisor, latest_id),
+        )
+        turn = await _turn_there_is(supervisor, message, records, again)
         if turn is not None:
             return turn
+        for record in filter(None, records):
+            if origin.message_id in record.state.answers:
+                prompt = record.task.input_prompt  # to ask an answer again is to ask for all of it
+        if again:
+            key += f" after {latest_id}"
+        elif own is not None:
+            key += f" run {origin.run_id}"
+    if await _find(supervisor, task_id_of(key)) is None:
+        supervisor.check_room(task_id_of(key))  # what is refused leaves nothing
     try:
-        task, is_new = await supervisor.submit(
-            prompt, title, options, key, message.conversation, message.id
-        )
+        task, is_new = await supervisor.submit(prompt, title, options, key, origin)
     except IdempotencyConflict:
-        same = "a message with this id (AG-UI: a run with this runId) came before"
-        raise IdempotencyConflict(f"{same}, with another text or other options") from None
+        raise IdempotencyConflict("this message came before, with other options") from None
     with contextlib.suppress(TaskEnded):  # then it is a replay
         task = await supervisor.start(task.id)
     return Turn(task, is_new=is_new)
+
+
+def _shown_in_chat(history: Sequence[Any]) -> tuple[str | None, str | None]:
+    """The task of the last answer to a user, and the id of its last question."""
+    for message in reversed(history):
+        task_id = _dig(message, "metadata", "task_id")
+        if task_id is not None:
+            parts = message.get("parts")
+            questions = [
+                _dig(part, "data", "question_id")
+                for part in (parts if isinstance(parts, list) else ())
+                if _dig(part, "type") == "data-question"
+            ]
+            return task_id, questions[-1] if questions else None
+    return None, None
 
 
 async def post_chat(request: Request) -> Response:
@@ -7866,33 +7960,25 @@ async def post_chat(request: Request) -> Response:
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     message = _users_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
     again = body.get("trigger") == "regenerate-message"
-    before = message.history[-2:-1]
-    shown_task = _dig(before, 0, "metadata", "task_id")
-    shown_question = None
-    if _dig(before, 0, "parts", -1, "type") == "data-question":
-        shown_question = _dig(before, 0, "parts", -1, "data", "question_id")
-    text = message.text
-    if again and shown_question is not None and shown_task is not None:
-        text = (await supervisor.get(shown_task)).input_prompt  # an answer is no prompt
-    message = message._replace(
-        text=text,
-        shown_task=shown_task,
-        shown_question=shown_question,
-        is_edited=not again and body.get("messageId") is not None,
-    )
-    turn = await _next_turn(supervisor, message, message.id, body.get("options"), again)
+    message = message._replace(is_edited=not again and body.get("messageId") is not None)
+    shown_task, shown_question = _shown_in_chat(message.history)
+    message = message._replace(shown_task=shown_task, shown_question=shown_question)
+    turn = await _next_turn(supervisor, message, body.get("options"), again)
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 
 async def get_chat(request: Request) -> Response:
     """What runs in a conversation, from the start of its last turn; 204 where nothing does."""
     supervisor = _supervisor(request)
-    latest = await _latest(supervisor, "ai-sdk:" + request.path_params["conversation"])
+    conversation = "ai-sdk:" + request.path_params["conversation"]
+    latest = await _find(supervisor, await supervisor.store.latest(conversation))
     if latest is None or latest.state.status in ENDED:
         return Response(status_code=204)
     if request.method == "HEAD":
         return Response(media_type=EventStream.media_type)
-    turn = Turn(latest.task, max(latest.state.answers.values(), default=0))
+    with contextlib.suppress(TaskEnded):
+        await supervisor.start(latest.task.id)  # where the server ended before it did
+    turn = _latest_turn(latest)
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
 
 
@@ -7902,17 +7988,17 @@ async def post_ag_ui(request: Request) -> Response:
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     thread_id = parse_text(body, "threadId", MOST_ID)
     run_id = parse_text(body, "runId", MOST_ID)
-    message = _users_message(body, f"ag-ui:{thread_id}")._replace(
+    message = _users_message(body, f"ag-ui:{thread_id}", run_id)._replace(
         shown_task=_dig(body, "state", "task_id"),
         shown_question=_dig(body, "state", "question", "question_id"),
     )
     forwarded = body.get("forwardedProps") or {}
     if not isinstance(forwarded, dict):
         raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
-    key = json.dumps([message.conversation, run_id])
-    turn = await _next_turn(supervisor, message, key, forwarded.get("options"))
-    # What these messages hold may be nothing that a client can be sent.
-    history = None if turn.is_new else jsonable(message.history)
+    turn = await _next_turn(supervisor, message, forwarded.get("options"))
+    history = None
+    if not turn.is_new:  # a client may not be able to read what it sent
+        history = [jsonable(each) for each in message.history]
     translator = AGUITranslator(turn.task, thread_id, run_id, history)
     return TranslatedStream(supervisor, turn, translator)
 

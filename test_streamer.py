@@ -8112,23 +8112,108 @@ def test_conversation_refuses_beside_an_answer_what_it_refuses_elsewhere(
         options = {"n_round": 3}
         refused = said.post(1, "paint", options=options, forwardedProps={"options": options})
         assert refused.status_code == 422
-        assert "a run with this runId) came before" in refused.json()["error"]["message"]
+        assert "this message came before, with other options" in refused.text
         assert said.says(2, "red") == "red. How large? "
 
 
-def test_ai_sdk_refuses_an_answer_that_comes_too_late(tmp_path: Path) -> None:
+class Debater:
+    """It speaks, waits for the test, asks once for each "?" of its prompt, and fails if told."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        told = []
+        run.emit("TOKEN", {"message": "Well. ", "call_id": "0"}, "Alex")
+        while not self.go.is_set():
+            run.wait(0.01)
+        for number in range(run.prompt.count("?")):
+            told.append(run.ask(f"q{number}?", None, "Alex"))
+            run.emit("TOKEN", {"message": f"{told[-1]}. ", "call_id": str(number + 1)}, "Alex")
+        if "fail" in run.prompt:
+            raise RuntimeError("that is no plan")
+        return {"told": told}
+
+
+@contextlib.contextmanager
+def chatting(client: Client, folder: Path, package: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """An official client of either protocol: says a text, or does what it is told."""
+    numbers = itertools.count(1)
+    if package == "ai":
+        with front_end(folder, AI_SDK_CLIENT, client.url, "c") as chat:
+            yield lambda text, action="send": chat(action, text)
+        return
+    with front_end(folder, AG_UI_CLIENT, client.url, "c", package) as agent:
+        yield lambda text, action="send": agent(action, [f"r{next(numbers)}", text])
+
+
+CHAT_PACKAGES = ["ai", "@ag-ui/client", "ag-ui-client-before-1"]
+
+
+def prompts(client: Client) -> list[str]:
+    """Of all tasks, the oldest first."""
+    return [task["input_prompt"] for task in client.get("/api/tasks")["items"]][::-1]
+
+
+@pytest.mark.parametrize("package", CHAT_PACKAGES)
+@pytest.mark.parametrize("gone", ["cancelled", "deleted"])
+def test_chat_refuses_an_answer_that_comes_too_late(
+    tmp_path: Path, package: str, gone: str
+) -> None:
     """It is no prompt, and the client shows why; what is said after that is one."""
+    with live(painter, tmp_path) as client, chatting(client, tmp_path / "n", package) as says:
+        says("paint")
+        path = f"/api/tasks/{client.get('/api/tasks')['items'][0]['id']}"
+        if gone == "deleted":
+            assert client.http.delete(path).status_code == 204
+        else:
+            assert client.post(f"{path}/cancel").status_code == 202
+        why = "not found" if gone == "deleted" else "is not open"
+        assert why in says("red")["error"]
+        assert says("paint it").get("error") is None
+        assert prompts(client)[-1] == "paint it"
+        assert "red" not in prompts(client)
+
+
+@pytest.mark.parametrize("package", CHAT_PACKAGES)
+def test_chat_answers_no_question_that_it_has_not_shown(tmp_path: Path, package: str) -> None:
+    """Neither one that was asked behind a cut connection, nor the next one, asked elsewhere."""
+    team = Debater()
+    with live(team, tmp_path) as client, chatting(client, tmp_path / "n", package) as says:
+        says("one?", "begin")
+        wait_until(lambda: "Well" in json.dumps(says("", "look")["messages"]))
+        (first,) = client.get("/api/tasks")["items"]
+        says("", "stop")
+        team.go.set()
+        wait_until(lambda: "question" in client.get(f"/api/tasks/{first['id']}/state"))
+        says("two??")
+        assert prompts(client) == ["one?", "two??"]
+        second = client.get("/api/tasks")["items"][0]["id"]
+        question = client.get(f"/api/tasks/{second}/state")["question"]
+        answer = {"question_id": question["question_id"], "answer": "by the page"}
+        assert client.http.post(f"/api/tasks/{second}/answers", json=answer).status_code == 202
+        assert "is not open" in says("an answer")["error"]
+        says("why??")
+        assert prompts(client) == ["one?", "two??", "why??"]
+        assert client.get(f"/api/tasks/{second}/state")["question"]["message"] == "q1?"
+
+
+def test_ai_sdk_asks_an_old_question_of_its_own_task(tmp_path: Path) -> None:
+    """A retry of what was refused shows the task; an answer goes to the task that was shown."""
     with (
         live(painter, tmp_path) as client,
         front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
+        front_end(tmp_path / "tab", AI_SDK_CLIENT, client.url, "c") as other_tab,
     ):
-        task_id = chat("send", "paint")["messages"][1]["id"]
-        assert client.post(f"/api/tasks/{task_id}/cancel").status_code == 202
-        shown = chat("send", "red")
-        assert (shown["status"], "is not open" in shown["error"]) == ("error", True)
-        assert client.get("/api/tasks")["total"] == 1
-        shown = chat("send", "paint it")
-        assert (shown["status"], client.get("/api/tasks")["total"]) == ("ready", 2)
+        chat("send", "paint")
+        assert "must be one of red, blue" in chat("send", "green")["error"]
+        assert chat("regenerate")["status"] == "ready"
+        assert prompts(client) == ["paint"]
+        other_tab("resume")
+        chat("edit first", "draw")
+        assert prompts(client) == ["paint", "draw"]
+        shown = other_tab("send", "red")
+        assert shown["messages"][-1]["parts"][0]["text"] == "red. How large? "
 
 
 def test_ai_sdk_takes_an_edited_prompt_for_no_answer(tmp_path: Path) -> None:
@@ -8140,23 +8225,19 @@ def test_ai_sdk_takes_an_edited_prompt_for_no_answer(tmp_path: Path) -> None:
         first = chat("send", "paint")["messages"][1]
         assert chat("regenerate")["messages"][1]["parts"] == first["parts"]  # it waits for its word
         shown = chat("edit first", "draw")
-        assert [task["input_prompt"] for task in client.get("/api/tasks")["items"]] == [
-            "draw",
-            "paint",
-        ]
+        assert prompts(client) == ["paint", "draw"]
         assert shown["messages"][1]["id"] != first["id"]
         chat("send", "blue")
         last = chat("send", "as a house")
         assert last["status"] == "ready"
         shown = chat("regenerate")  # of an answer: the whole task again, not one with its words
-        newest, *others = client.get("/api/tasks")["items"]
-        assert (newest["input_prompt"], len(others)) == ("draw", 2)
+        assert prompts(client) == ["paint", "draw", "draw"]
         assert shown["messages"][-1]["parts"][0]["text"] == "Which colour? "
 
 
 @pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
-def test_ag_ui_answers_only_what_was_asked(tmp_path: Path, package: str) -> None:
-    """A run without a new message shows the question again; an answer too late is no prompt."""
+def test_ag_ui_shows_a_question_again(tmp_path: Path, package: str) -> None:
+    """A run without a new message is no answer; its history comes back whole."""
     with (
         live(painter, tmp_path) as client,
         front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
@@ -8166,11 +8247,112 @@ def test_ag_ui_answers_only_what_was_asked(tmp_path: Path, package: str) -> None
         again = agent("again", "r9")
         assert (again["state"]["question"], again["types"][-1]) == (question, "RUN_FINISHED")
         assert spoken_in_ag_ui(again["messages"]) == spoken_in_ag_ui(shown["messages"])
-        assert client.post(f"/api/tasks/{shown['state']['task_id']}/cancel").status_code == 202
-        assert "is not open" in agent("send", ["r2", "red"])["error"]
+        history = [{"id": f"a{n}", "role": "assistant", "content": "x"} for n in range(20_000)]
+        body = {"threadId": "long", "runId": "r", "messages": history}
+        history.append({"id": "m", "role": "user", "content": "paint"})
+        first, second = (client.http.post("/ag-ui", json=body).text for _ in range(2))
+        (snapshot,) = (line for line in second.splitlines() if "MESSAGES_SNAPSHOT" in line)
+        assert json.loads(snapshot.removeprefix("data: "))["messages"] == history
+        assert first.splitlines()[-2] == second.splitlines()[-2]
+
+
+@pytest.mark.parametrize("db", [None, "tasks.db"])
+def test_ag_ui_starts_one_task_for_a_message(tmp_path: Path, db: str | None) -> None:
+    """However many runs ask for it at once; another run asks again once it has ended."""
+    team = Gate()
+    more = {} if db is None else {"db": tmp_path / db}
+    with live(team, tmp_path, **more) as client:
+        said = RawConversation(client, "/ag-ui")
+        with ThreadPoolExecutor(8) as pool:
+            runs = [pool.submit(said.post, 1, "build", runId=f"r{n}") for n in range(8)]
+            team.started.wait(TIMEOUT)
+            team.go.set()
+            assert {run.result().status_code for run in runs} == {200}
+        assert team.runs == 1
+        said.says(1, "build", runId="r8")
+        said.says(1, "build", runId="r8")
+        assert team.runs == 2
+
+
+def test_conversation_goes_on_when_its_task_runs_again(tmp_path: Path) -> None:
+    """An answer of the first run is none in the second; who resumes sees what is asked now."""
+    team = Debater()
+    team.go.set()
+    with live(team, tmp_path) as client:
+        said = RawConversation(client, "/api/chat")
+        said.says(1, "fail?")
+        assert said.says(2, "yes") == "yes. "
+        (task,) = client.get("/api/tasks")["items"]
+        assert task["status"] == "FAILED"
+        assert client.post(f"/api/tasks/{task['id']}/run?restart=true").status_code == 202
+        assert said.says(2, "yes") == "yes. Well. "
+        assert "q0?" in client.http.get("/api/chat/c/stream").text
+        assert said.says(3, "no") == "no. "
+        log = whole_log(client, task["id"])
+        answers = [e["payload"]["message"] for e in log if e["event_type"] == "ANSWER"]
+        assert answers == ["yes", "no"]
+
+
+def test_conversation_that_finds_no_room_leaves_no_task(tmp_path: Path) -> None:
+    """It is refused as it was before there was one, and nothing runs in it."""
+    team = Gate()
+    with live(team, tmp_path, max_running=1, max_waiting=0) as client:
+        client.post(f"/api/tasks/{client.create()}/run")
+        refused = RawConversation(client, "/api/chat").post(1, "build")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
         assert client.get("/api/tasks")["total"] == 1
-        assert agent("send", ["r3", "paint it"]).get("error") is None
-        assert client.get("/api/tasks")["items"][0]["input_prompt"] == "paint it"
+        assert client.http.get("/api/chat/c/stream").status_code == 204
+        blank = RawConversation(client, "/ag-ui").post(1, " ")
+        assert "the text of the user's last message must be 1 to" in blank.text
+
+
+def test_ag_ui_tells_steps_of_one_name_apart(tmp_path: Path) -> None:
+    """Which the client's verifier demands of steps at the same time."""
+
+    def runner(run: Run) -> None:
+        for role, action in (("A: B", "C"), ("A", "B: C")):
+            run.emit("AGENT_START", {"message": "starts", "action": action}, role)
+
+    with live(runner, tmp_path) as client:
+        text = RawConversation(client, "/ag-ui").post(1, "build").text
+        for kind in ("STEP_STARTED", "STEP_FINISHED"):
+            assert re.findall(rf'"{kind}","stepName":"([^"]*)"', text) == ["A: B: C", "A: B: C (3)"]
+
+
+def test_run_asks_one_question_after_the_other_however_much_is_said(tmp_path: Path) -> None:
+    """Each is open until its answer is told, while others keep the outbox full."""
+    answered = threading.Event()
+
+    def talk(run: Run) -> None:
+        while not answered.is_set():
+            run.emit("TOKEN", {"message": "blah "}, "Bob")
+
+    def runner(run: Run) -> dict[str, Any]:
+        for _ in range(2):
+            threading.Thread(target=talk, args=(run,), daemon=True).start()
+        try:
+            with ThreadPoolExecutor(3) as pool:
+                return {"told": sorted(pool.map(lambda n: run.ask(f"q{n}?"), range(12)))}
+        finally:
+            answered.set()
+
+    with live(runner, tmp_path) as client:
+        task_id = client.create()
+        client.post(f"/api/tasks/{task_id}/run")
+        told: list[str] = []
+
+        def newly_asked() -> dict[str, Any]:
+            question = client.get(f"/api/tasks/{task_id}/state").get("question")
+            return {} if question is None or question["question_id"] in told else dict(question)
+
+        for number in range(12):
+            told.append(wait_until(newly_asked)["question_id"])
+            answer = {"question_id": told[-1], "answer": f"{number:02}"}
+            path = f"/api/tasks/{task_id}/answers"
+            assert client.http.post(path, json=answer).status_code == 202
+        settled(client, task_id)
+        result = client.get(f"/api/tasks/{task_id}/state")["final_result"]
+        assert result["told"] == [f"{number:02}" for number in range(12)]
 
 
 @pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
@@ -8207,6 +8389,36 @@ def test_conversation_is_known_to_every_replica(tmp_path: Path, redis_server: Re
         assert [task["id"] for task in two.get("/api/tasks")["items"]] == [task_id]
         assert two.http.get("/api/chat/c/stream").status_code == 204
         assert two.http.get("/api/chat/other/stream").status_code == 204
+        assert int(redis_server("TTL", "streamer:conversation:ai-sdk:c")) > 7 * 86400
+
+
+def test_turn_ends_at_its_question_on_every_replica(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """Also where it is read from Redis with what others said behind the state that was read."""
+    answered = threading.Event()
+
+    def talk(run: Run) -> None:
+        while not answered.wait(0.002):
+            run.emit("TOKEN", {"message": "blah "}, "Bob")
+
+    def runner(run: Run) -> None:
+        threading.Thread(target=talk, args=(run,), daemon=True).start()
+        try:
+            for number in range(20):
+                run.wait(0.01)
+                run.ask(f"q{number}?", None, "Alex")
+        finally:
+            answered.set()
+
+    redis_server("FLUSHALL")
+    url = redis_server.url
+    with live(runner, tmp_path, redis_url=url) as one, live(runner, tmp_path, redis_url=url) as two:
+        RawConversation(one, "/api/chat").post(1, "ask")
+        said = RawConversation(two, "/api/chat")
+        for number in range(2, 21):
+            assert f'"message":"q{number - 1}?"' in said.post(number, "go on").text
+        assert '"finishReason":"stop"' in said.post(21, "go on").text
 
 
 # -----------------------------------------------------------------------------
