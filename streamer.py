@@ -3369,7 +3369,8 @@ SCRIPT: Sequence[tuple[str, str, float, float, str, str]] = (
     ("ProductManager", "WritePRD", 0.0, 1.0, "docs/prd.md", PRD),
     ("Architect", "WriteDesign", 1.05, 1.0, "docs/system_design.md", DESIGN),
     ("ProjectManager", "WriteTasks", 1.3, 1.0, "docs/task.md", TASKS),
-    ("Engineer", "WriteCode", 1.55, 2.0, "src/app.py", CODE),
+    ("Engineer", "WriteCode", 1.55, 1.6, "src/app.py", CODE),
+    ("Engineer", "WriteCode", 3.2, 0.6, "tests/test_app.py", TEST),
     ("QaEngineer", "WriteTest", 2.1, 1.8, "tests/test_app.py", TEST),
 )
 
@@ -3390,10 +3391,12 @@ def ask_approval(run: Run, action: str, role: str, free_text: bool = True) -> st
 def run_scripted(run: Run, seconds: float = 2.4) -> Mapping[str, Any]:
     """Test mode: the roles, events and state changes of a real run, without MetaGPT.
 
-    An agent takes `seconds`, the Engineer twice that; three of them overlap.
+    An agent takes `seconds`, the Engineer twice that; three of them overlap. The test is the QA
+    engineer's where there is one.
     """
     needs = {"Engineer": "implement", "QaEngineer": "run_tests"}
-    team = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
+    wanted = [part for part in SCRIPT if run.options.get(needs.get(part[0], ""), True)]
+    team = list({part[4]: part for part in wanted}.values())  # one part for each file
     run.emit("LOG", {"message": "test mode: a scripted team, not MetaGPT", "level": "INFO"})
     run.update(cost={"max_budget": run.options["investment"]})
     remarks: list[str] = []

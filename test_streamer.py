@@ -3504,11 +3504,15 @@ def test_scripted_team_is_watched_in_few_messages_while_three_are_at_work(
     for event in record.of("TOKEN"):
         role = event["agent_role"]
         said[role] = said.get(role, "") + event["payload"]["message"]
-    code = said.pop("Engineer")
-    assert code == f"```python\n{streamer.CODE}```\n"
-    assert {**said, "Engineer": streamer.CODE} == {
-        message["agent_role"]: message["payload"]["content"] for message in record.of("MESSAGE")
-    }
+    *documents, code, test = record.of("MESSAGE")
+    assert said.pop("Engineer") == "".join(
+        f"```python\n{text}```\n" for text in (streamer.CODE, streamer.TEST)
+    )
+    assert (code["payload"]["content"], test["payload"]["content"]) == (
+        streamer.CODE,
+        streamer.TEST,
+    )
+    assert said == {each["agent_role"]: each["payload"]["content"] for each in documents}
     assert said["ProductManager"].startswith("# Requirements\n\n> Build\n> a todo app\n")
 
 
@@ -9457,7 +9461,8 @@ def test_page_shows_a_run_from_prompt_to_files(scripted: Client, chromium: Any) 
     with page.expect_download() as download:
         page.click("#zip")
     names = zipfile.ZipFile(download.value.path()).namelist()
-    assert names == ["docs/prd.md", "docs/system_design.md", "docs/task.md", "src/app.py"]
+    documents = ["docs/prd.md", "docs/system_design.md", "docs/task.md"]
+    assert names == [*documents, "src/app.py", "tests/test_app.py"]
     for scheme in ("dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": 360, "height": 740})
@@ -10397,9 +10402,9 @@ def test_run_shows_a_task_in_the_terminal(tmp_path: Path) -> None:
         for part in (
             "ProductManager starts WritePRD\n",
             "# Requirements\n",
-            "25%, ",
+            "20%, ",
             streamer.CODE,  # whole: how far it is, is said between the roles
-            "done: 4 files, 4 rounds\n",
+            "done: 5 files, 5 rounds\n",
             "files: ",
         ):
             assert part in text
@@ -10482,8 +10487,8 @@ def test_run_shows_colours_and_a_last_line_on_a_terminal(tmp_path: Path) -> None
         "Build �[31m one (test mode: a scripted team)\r\n",
         "\x1b[1;35mProductManager\x1b[0m starts WritePRD\r\n",
         "# Requirements",
-        "\x1b[2m25%, Architect, ",
-        "\x1b[1;32mdone: 4 files, 4 rounds\x1b[0m\r\n",
+        "\x1b[2m20%, Architect, ",
+        "\x1b[1;32mdone: 5 files, 5 rounds\x1b[0m\r\n",
         "src/app.py\r\n",
     ):
         assert part in text, part
