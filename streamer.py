@@ -7522,23 +7522,20 @@ class Translator(abc.ABC):
 
     headers: Mapping[str, str] = {}
     trailer = ""  # what follows the last message
-    spoken = frozenset({EventType.TOKEN})  # what parts are made of
+    part_types = frozenset({EventType.TOKEN})  # what parts are made of
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
         self._parts: dict[str | None, Part] = {}
-        self._last: JSONObject = {}
-
-    @property
-    def last_event_id(self) -> int | None:
-        return self._last.get("event_id")
+        self._last: JSONObject = {}  # event
 
     def event(self, event: JSONObject) -> Iterator[JSONObject]:
+        """Of an event as the log has it."""
         self._last = event
         role = event["agent_role"]
         kind = EventType(event["event_type"])
-        if kind in self.spoken:
-            yield from self._speak(event, kind)
+        if kind in self.part_types:
+            yield from self._add_to_part(event, kind)
             return
         if kind in AGENT_STATUS:
             yield from self._close(role)
@@ -7553,15 +7550,16 @@ class Translator(abc.ABC):
     def start(self) -> Iterator[JSONObject]: ...
 
     @abc.abstractmethod
-    def state(self, state: JSONObject) -> Iterator[JSONObject]: ...
+    def state(self, state: JSONObject) -> Iterator[JSONObject]:
+        """Of the `state` message's data."""
 
     @abc.abstractmethod
     def failed(self, error: StreamerError) -> JSONObject:
-        """The stream ends before its task has."""
+        """The stream ends before its turn has."""
 
     @abc.abstractmethod
     def _tell(self, kind: EventType, role: str | None, event: JSONObject) -> Iterator[JSONObject]:
-        """Any event but what is spoken."""
+        """Of an event that no part is made of."""
 
     @abc.abstractmethod
     def _ending(self, kind: str | None, payload: JSONObject) -> JSONObject: ...
@@ -7570,14 +7568,14 @@ class Translator(abc.ABC):
     def _part(self, part: Part, stage: str, text: str = "") -> JSONObject:
         """One that is opened, says `text`, or is closed: the stages start, delta and end."""
 
-    def _speak(self, event: JSONObject, kind: EventType) -> Iterator[JSONObject]:
+    def _add_to_part(self, event: JSONObject, kind: EventType) -> Iterator[JSONObject]:
         role = event["agent_role"]
         payload = event["payload"]
         part = self._parts.get(role)
         call_id = payload.get("call_id")
         if part is None or (part.kind, part.call_id) != (kind, call_id):
             yield from self._close(role)
-            part_id = f"{self.task.id}-{event['event_id']}"
+            part_id = f"{self.task_id}-{event['event_id']}"
             part = Part(part_id, kind, call_id, role, payload.get("action"))
             self._parts[role] = part
             yield self._part(part, "start")
@@ -7595,15 +7593,15 @@ class AISDKTranslator(Translator):
 
     headers: Mapping[str, str] = {"x-vercel-ai-ui-message-stream": "v1"}
     trailer = "data: [DONE]\n\n"
-    spoken = frozenset({EventType.TOKEN, EventType.REASONING})
+    part_types = frozenset({EventType.TOKEN, EventType.REASONING})
 
-    def __init__(self, task: Task, message_id: str) -> None:
-        super().__init__(task)
+    def __init__(self, task_id: str, message_id: str) -> None:
+        super().__init__(task_id)
         self._message_id = message_id
         self._agents: dict[str | None, str] = {}  # role → id of the part that shows it at work
 
     def start(self) -> Iterator[JSONObject]:
-        metadata = {"task_id": self.task.id}
+        metadata = {"task_id": self.task_id}
         yield {"type": "start", "messageId": self._message_id, "messageMetadata": metadata}
 
     def state(self, state: JSONObject) -> Iterator[JSONObject]:
@@ -7618,7 +7616,7 @@ class AISDKTranslator(Translator):
             self._agents[role] = str(event["event_id"])
         if kind is EventType.LOG:
             yield {"type": "data-log", "data": data, "transient": True}
-        elif kind in AGENT_STATUS and role in self._agents:  # its last word replaces its first
+        elif kind in AGENT_STATUS and role in self._agents:  # its last state replaces its first
             data["status"] = AGENT_STATUS[kind]
             yield {"type": "data-agent", "id": self._agents[role], "data": data}
         elif kind not in (EventType.ANSWER, EventType.RESULT) and not kind.startswith("TASK_"):
@@ -7646,11 +7644,11 @@ class AGUITranslator(Translator):
     """AG-UI (docs.ag-ui.com), by the event types that its clients before 1.0 know too."""
 
     def __init__(
-        self, task: Task, thread_id: str, run_id: str, history: Sequence[Any] | None
+        self, task_id: str, thread_id: str, run_id: str, history: Sequence[Any] | None
     ) -> None:
-        super().__init__(task)
+        super().__init__(task_id)
         self._ids = {"threadId": thread_id, "runId": run_id}
-        self._history = history  # to go back to, for a client that holds a part of this run
+        self._history = history  # replaces the client's, which may hold a part of this run
         self._steps: dict[str | None, str] = {}  # role → name of its step
         self._result: JSONObject = {}
 
@@ -7680,7 +7678,7 @@ class AGUITranslator(Translator):
             if name in self._steps.values():  # of another role, whose name has a colon
                 name += f" ({event['event_id']})"
             self._steps[role] = name
-            yield {"type": "STEP_STARTED", "stepName": self._steps[role]}
+            yield {"type": "STEP_STARTED", "stepName": name}
         elif kind is EventType.RESULT:
             self._result = payload
         elif kind is not EventType.AGENT_COMPLETE and not kind.startswith("TASK_"):
@@ -7710,31 +7708,31 @@ class Turn(NamedTuple):
     somebody is asked.
     """
 
-    task: Task
+    task_id: str
     after: int = 0  # the event before it: the question that the message answers
     is_new: bool = True
 
     @property
     def id(self) -> str:
-        return f"{self.task.id}-{self.after}" if self.after else self.task.id
+        return f"{self.task_id}-{self.after}" if self.after else self.task_id
 
 
 class TranslatedStream(EventStream):
-    """An event stream of one turn in another protocol, with all that the socket's twin has."""
+    """A turn in another protocol: up to an open question, a message's answer, or the task's end."""
 
     def __init__(self, supervisor: Supervisor, turn: Turn, translator: Translator) -> None:
-        super().__init__(supervisor.watch(turn.task.id, turn.after), translator.headers)
+        super().__init__(supervisor.watch(turn.task_id, turn.after), translator.headers)
         self._translator = translator
 
     async def _messages(self, subscription: Subscription) -> AsyncIterator[str]:
         translator = self._translator
-        asked = 0  # the event of the last question
+        asked = 0  # the event of this turn's last question; 0 also at the answer that began it
         is_answered = False
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
                 if delivery.gap is not None:
-                    raise delivery.gap  # which these protocols cannot tell, and go on
+                    raise delivery.gap  # for which these protocols have no message
                 for each in delivery.events:
                     event = json.loads(each.data)
                     if asked and each.type is EventType.ANSWER and "message_id" in event["payload"]:
@@ -7762,14 +7760,14 @@ class UserMessage(NamedTuple):
 
     origin: Origin
     text: str
-    history: Sequence[Any]  # up to it
-    follows: str | None  # the id of the one right before it, where that is the user's too
+    history: Sequence[Any]  # the client's messages up to this one
+    follows: str | None  # the id of the message right before it, where that is the user's too
     is_edited: bool = False
-    shown_task: str | None = None  # whose words were shown last; None where the client does not say
-    shown_question: str | None = None  # the last of that task
+    shown_task: str | None = None  # the task shown last; None where the client does not say
+    shown_question: str | None = None  # the last question shown of that task
 
 
-def _dig(value: Any, *path: str | int) -> str | None:
+def _string_at(value: Any, *path: str | int) -> str | None:
     """The string at that place of what a client sent; None where there is none."""
     for step in path:
         try:
@@ -7782,22 +7780,22 @@ def _dig(value: Any, *path: str | int) -> str | None:
 def _text_of(message: JSONObject) -> str | None:
     content = message.get("parts") or message.get("content")
     if isinstance(content, list):
-        texts = (_dig(part, "text") for part in content)
+        texts = (_string_at(part, "text") for part in content)
         content = "\n".join(text for text in texts if text is not None)
     return content if isinstance(content, str) else None
 
 
 def _message_id(conversation: str, message: JSONObject) -> str:
-    """Of this text in this message."""
-    return task_id_of(json.dumps([conversation, _dig(message, "id"), _text_of(message)]))
+    """Another one once its text is edited, for which a client may keep its own id."""
+    return task_id_of(json.dumps([conversation, _string_at(message, "id"), _text_of(message)]))
 
 
-def _users_message(body: JSONObject, conversation: str, run_id: str | None = None) -> UserMessage:
-    """Raises InvalidRequest."""
+def _user_message(body: JSONObject, conversation: str, run_id: str | None = None) -> UserMessage:
+    """Raises InvalidRequest where there is none."""
     messages = body.get("messages")
     if not isinstance(messages, list):
         raise InvalidRequest(f"messages must be an array, not {kind_of(messages)}")
-    users = [number for number, message in enumerate(messages) if _dig(message, "role") == "user"]
+    users = [index for index, each in enumerate(messages) if _string_at(each, "role") == "user"]
     if not users:
         raise InvalidRequest("messages must hold one whose role is user: its text is the prompt")
     *before, message = messages[: users[-1] + 1]
@@ -7806,7 +7804,7 @@ def _users_message(body: JSONObject, conversation: str, run_id: str | None = Non
     if text is None:
         raise InvalidRequest("the user's last message must have a content or parts with text")
     follows = None
-    if before and _dig(before[-1], "role") == "user":
+    if before and _string_at(before[-1], "role") == "user":
         follows = _message_id(conversation, before[-1])
     origin = Origin(conversation, _message_id(conversation, message), run_id)
     return UserMessage(origin, text, [*before, message], follows)
@@ -7820,18 +7818,25 @@ async def _find(supervisor: Supervisor, task_id: str | None) -> Record | None:
 
 
 def _latest_turn(record: Record) -> Turn:
-    return Turn(record.task, max(record.state.answers.values(), default=0), is_new=False)
+    return Turn(record.task.id, max(record.state.answers.values(), default=0), is_new=False)
 
 
-def _turn_of(message: UserMessage, record: Record, again: bool) -> Turn | None:
-    """What a task has answered to a message, or will; None where it was not asked by that."""
-    task, state, _ = record
-    message_id = message.origin.message_id
-    is_live = state.status not in ENDED
-    if message_id in state.answers and (is_live or not again):
-        return Turn(task, state.answers[message_id], is_new=False)
-    if task.origin is not None and task.origin.message_id == message_id and is_live:
-        return Turn(task, is_new=False)
+def _turn_of(message_id: str, record: Record) -> Turn | None:
+    """The turn of a task that a message began: as an answer, or as the prompt."""
+    after = record.state.answers.get(message_id, 0)
+    origin = record.task.origin
+    if after or (origin is not None and origin.message_id == message_id):
+        return Turn(record.task.id, after, is_new=False)
+    return None
+
+
+def _existing_turn(message_id: str, records: Sequence[Record], again: bool) -> Turn | None:
+    """A message's turn in a live task; in one that has ended, an answer's, but not `again`."""
+    for record in records:
+        turn = _turn_of(message_id, record)
+        is_live = record.state.status not in ENDED
+        if turn is not None and (is_live or (turn.after and not again)):
+            return turn
     return None
 
 
@@ -7843,117 +7848,106 @@ def _question_for(
     That is the one which the client has shown. One that shows no history may mean the open one.
     """
     if message.shown_task is None:
-        question = latest.state.question if latest is not None else None
-        if latest is None or question is None or message.is_edited:
+        if latest is None or latest.state.question is None or message.is_edited:
             return None
-        return latest.task.id, question["question_id"]
+        return latest.task.id, latest.state.question["question_id"]
     if message.shown_question is None:
         return None
-    if message.follows is not None:  # one that was refused, perhaps: its user knows, and goes on
-        answered: Collection[str] = ()
-        if shown is not None and shown.task.origin is not None:
-            answered = (shown.task.origin.message_id, *shown.state.answers)
-        question = shown.state.question if shown is not None else None
-        is_open = question is not None and question["question_id"] == message.shown_question
-        if message.follows not in answered and not is_open:
+    if message.follows is not None:
+        if shown is None:
             return None
+        question = shown.state.question
+        is_open = question is not None and question["question_id"] == message.shown_question
+        if not is_open and _turn_of(message.follows, shown) is None:
+            return None  # the message before was refused, so the user knows that it is closed
     return message.shown_task, message.shown_question
 
 
-async def _answered(
+async def _answer(
     supervisor: Supervisor, message: UserMessage, task_id: str, question_id: str
 ) -> Turn:
-    """The turn behind an answer, which may come by several connections at once.
-
-    Raises QuestionClosed, TaskNotFound.
-    """
+    """The turn behind an answer, which may come by several connections at once."""
+    message_id = message.origin.message_id
     try:
-        message_id = message.origin.message_id
         asked = await supervisor.answer(task_id, question_id, message.text, message_id)
-        return Turn(await supervisor.get(task_id), asked)
     except QuestionClosed:
-        turn = _turn_of(message, await supervisor.record(task_id), again=False)
+        turn = _existing_turn(message_id, [await supervisor.record(task_id)], again=False)
         if turn is None:
             raise
         return turn
+    return Turn(task_id, asked)
 
 
-async def _turn_there_is(
-    supervisor: Supervisor, message: UserMessage, records: Sequence[Record | None], again: bool
-) -> Turn | None:
-    """What answers a message, but for a new task; `records`: of its own task, of that which was
-    shown before it, and of the conversation's latest. Raises QuestionClosed, TaskNotFound.
-    """
-    own, shown, latest = records
-    for record in filter(None, records):
-        turn = _turn_of(message, record, again)
-        if turn is not None:
-            with contextlib.suppress(TaskEnded):
-                await supervisor.start(turn.task.id)
-            return turn
-    if again:
-        if latest is None or latest.state.status in ENDED:
-            return None
-        return _latest_turn(latest)
-    asked = None if own is not None else _question_for(message, shown, latest)
-    return None if asked is None else await _answered(supervisor, message, *asked)
+async def _start(supervisor: Supervisor, turn: Turn) -> Turn:
+    """Starts its task where that is PENDING."""
+    with contextlib.suppress(TaskEnded):  # then it is a replay
+        await supervisor.start(turn.task_id)
+    return turn
+
+
+async def _submit(
+    supervisor: Supervisor, prompt: str, options: JSONObject, key: str, origin: Origin
+) -> Turn:
+    """The turn of the task of that key, which is created where there is none."""
+    if await _find(supervisor, task_id_of(key)) is None:
+        supervisor.check_room(task_id_of(key))  # what is refused leaves nothing
+    try:
+        task, is_new = await supervisor.submit(prompt, None, options, key, origin)
+    except IdempotencyConflict:
+        raise IdempotencyConflict("this message came before, with other options") from None
+    return await _start(supervisor, Turn(task.id, is_new=is_new))
 
 
 async def _next_turn(
     supervisor: Supervisor, message: UserMessage, given: Any, again: bool = False
 ) -> Turn:
-    """What answers a message: what did already, what follows an open question, or a new task.
+    """What answers a message: what did already, what follows a question, or a new task.
 
-    `again` asks for another task where that of the message has ended; so does another run of the
-    same message. Raises QuestionClosed, TaskNotFound, IdempotencyConflict.
+    `given` are its options. `again` asks for another task where that of the message has ended; so
+    does another run of the same message. Raises QuestionClosed, TaskNotFound, IdempotencyConflict,
+    TooManyTasks, InvalidRequest.
     """
-    words = "the text of the user's last message"
-    prompt = parse_text({words: message.text}, words, supervisor.settings.max_prompt)
+    name = "the text of the user's last message"
+    prompt = parse_text({name: message.text}, name, supervisor.settings.max_prompt)
     body = {"input_prompt": prompt, "options": given or {}}
-    _, title, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
+    _, _, options = parse_task(body, supervisor.settings, supervisor.engine.teams)
     origin = message.origin
     key = origin.message_id
     own = await _find(supervisor, task_id_of(key))
     if again or own is None or own.task.origin != origin:
         latest_id = await supervisor.store.latest(origin.conversation)
-        records = (
-            own,
-            await _find(supervisor, message.shown_task),
-            await _find(supervisor, latest_id),
-        )
-        turn = await _turn_there_is(supervisor, message, records, again)
+        latest = await _find(supervisor, latest_id)
+        shown = await _find(supervisor, message.shown_task)
+        records = [record for record in (own, shown, latest) if record is not None]
+        turn = _existing_turn(origin.message_id, records, again)
         if turn is not None:
-            return turn
-        for record in filter(None, records):
-            if origin.message_id in record.state.answers:
-                prompt = record.task.input_prompt  # to ask an answer again is to ask for all of it
+            return await _start(supervisor, turn)
         if again:
+            if latest is not None and latest.state.status not in ENDED:
+                return _latest_turn(latest)
+            for record in records:
+                if origin.message_id in record.state.answers:
+                    prompt = record.task.input_prompt  # with its answers, all is asked again
             key += f" after {latest_id}"
         elif own is not None:
             key += f" run {origin.run_id}"
-    if await _find(supervisor, task_id_of(key)) is None:
-        supervisor.check_room(task_id_of(key))  # what is refused leaves nothing
-    try:
-        task, is_new = await supervisor.submit(prompt, title, options, key, origin)
-    except IdempotencyConflict:
-        raise IdempotencyConflict("this message came before, with other options") from None
-    with contextlib.suppress(TaskEnded):  # then it is a replay
-        task = await supervisor.start(task.id)
-    return Turn(task, is_new=is_new)
+        else:
+            question = _question_for(message, shown, latest)
+            if question is not None:
+                return await _answer(supervisor, message, *question)
+    return await _submit(supervisor, prompt, options, key, origin)
 
 
 def _shown_in_chat(history: Sequence[Any]) -> tuple[str | None, str | None]:
     """The task of the last answer to a user, and the id of its last question."""
     for message in reversed(history):
-        task_id = _dig(message, "metadata", "task_id")
+        task_id = _string_at(message, "metadata", "task_id")
         if task_id is not None:
             parts = message.get("parts")
-            questions = [
-                _dig(part, "data", "question_id")
-                for part in (parts if isinstance(parts, list) else ())
-                if _dig(part, "type") == "data-question"
-            ]
-            return task_id, questions[-1] if questions else None
+            for part in reversed(parts if isinstance(parts, list) else []):
+                if _string_at(part, "type") == "data-question":
+                    return task_id, _string_at(part, "data", "question_id")
+            return task_id, None
     return None, None
 
 
@@ -7961,13 +7955,16 @@ async def post_chat(request: Request) -> Response:
     """The AI SDK's: answers a message of a conversation's user."""
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
-    message = _users_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
+    message = _user_message(body, "ai-sdk:" + parse_text(body, "id", MOST_ID))
     again = body.get("trigger") == "regenerate-message"
-    message = message._replace(is_edited=not again and body.get("messageId") is not None)
     shown_task, shown_question = _shown_in_chat(message.history)
-    message = message._replace(shown_task=shown_task, shown_question=shown_question)
+    message = message._replace(
+        is_edited=not again and body.get("messageId") is not None,
+        shown_task=shown_task,
+        shown_question=shown_question,
+    )
     turn = await _next_turn(supervisor, message, body.get("options"), again)
-    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
+    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task_id, turn.id))
 
 
 async def get_chat(request: Request) -> Response:
@@ -7979,10 +7976,8 @@ async def get_chat(request: Request) -> Response:
         return Response(status_code=204)
     if request.method == "HEAD":
         return Response(media_type=EventStream.media_type)
-    with contextlib.suppress(TaskEnded):
-        await supervisor.start(latest.task.id)  # where the server ended before it did
-    turn = _latest_turn(latest)
-    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task, turn.id))
+    turn = await _start(supervisor, _latest_turn(latest))
+    return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task_id, turn.id))
 
 
 async def post_ag_ui(request: Request) -> Response:
@@ -7991,9 +7986,9 @@ async def post_ag_ui(request: Request) -> Response:
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     thread_id = parse_text(body, "threadId", MOST_ID)
     run_id = parse_text(body, "runId", MOST_ID)
-    message = _users_message(body, f"ag-ui:{thread_id}", run_id)._replace(
-        shown_task=_dig(body, "state", "task_id"),
-        shown_question=_dig(body, "state", "question", "question_id"),
+    message = _user_message(body, f"ag-ui:{thread_id}", run_id)._replace(
+        shown_task=_string_at(body, "state", "task_id"),
+        shown_question=_string_at(body, "state", "question", "question_id"),
     )
     forwarded = body.get("forwardedProps") or {}
     if not isinstance(forwarded, dict):
@@ -8002,7 +7997,7 @@ async def post_ag_ui(request: Request) -> Response:
     history = None
     if not turn.is_new:  # a client may not be able to read what it sent
         history = [jsonable(each) for each in message.history]
-    translator = AGUITranslator(turn.task, thread_id, run_id, history)
+    translator = AGUITranslator(turn.task_id, thread_id, run_id, history)
     return TranslatedStream(supervisor, turn, translator)
 
 
