@@ -765,11 +765,14 @@ TRANSITIONS: Mapping[TaskStatus, frozenset[TaskStatus]] = {
 
 
 class Origin(NamedTuple):
-    """What another protocol calls the request for a task."""
+    """The message of another protocol's conversation that began a task."""
 
-    conversation: str
-    message_id: str
-    run_id: str | None = None
+    conversation: str  # the protocol, and the client's id
+    message_id: str  # of its text and the client's id
+    run_id: str | None = None  # of AG-UI
+
+
+NOT_SENT = ("origin", "waiting", "answers")  # the fields of a task and a state for the server alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -793,9 +796,7 @@ class Task:
 
     def as_dict(self) -> dict[str, Any]:
         """As clients see it."""
-        data = asdict(self)
-        del data["origin"]
-        return data
+        return {name: value for name, value in asdict(self).items() if name not in NOT_SENT}
 
     def to(self, status: TaskStatus, result_summary: str | None = None) -> Task:
         """The task in its next status. Raises IllegalTransition for one outside TRANSITIONS."""
@@ -838,7 +839,7 @@ def price_text(dollars: object, budget: float | None = None) -> str:
     return f"${dollars:.4f}" if budget is None else f"${dollars:.4f} of ${budget:.2f}"
 
 
-MOST_ANSWERS = 100  # of a task, that a state knows: the newest
+MOST_ANSWERS = 100  # of a task's, its state keeps the newest
 
 
 class TaskState(NamedTuple):
@@ -865,7 +866,7 @@ class TaskState(NamedTuple):
         """The state that these events lead to, and these changes beside them."""
         values: dict[str, Any] = {"last_event_id": last_event_id}
         question = self.question
-        answers = dict(self.answers)
+        answers = self.answers
         for event_id, draft in enumerate(drafts, start=last_event_id - len(drafts) + 1):
             if draft.type is EventType.AGENT_START:
                 values["current_agent"] = draft.agent_role
@@ -873,16 +874,15 @@ class TaskState(NamedTuple):
                 asked = json.loads(draft.payload)
                 asked["message"] = asked["message"][:4000]  # a state is sent often
                 question = {**asked, "agent_role": draft.agent_role, "event_id": event_id}
-                values["question"] = question
             elif draft.type is EventType.ANSWER and question is not None:
-                values["question"] = None
                 message_id = json.loads(draft.payload).get("message_id")
                 if message_id is not None:
-                    answers[message_id] = question["event_id"]
-                    values["answers"] = dict(list(answers.items())[-MOST_ANSWERS:])
+                    answers = {**answers, message_id: question["event_id"]}
+                question = None
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
-        values |= changes
+        newest = list(answers.items())[-MOST_ANSWERS:]
+        values |= {"question": question, "answers": dict(newest), **changes}
         if "progress" in changes:  # never falls while a run lasts
             progress = round(min(changes["progress"], 1.0), 3)
             values["progress"] = max(self.progress, progress)
@@ -898,8 +898,7 @@ class TaskState(NamedTuple):
         return {"agent_role": role, "action": action, "seconds": seconds}
 
     def as_dict(self) -> dict[str, Any]:
-        data = self._asdict()
-        del data["waiting"], data["answers"]
+        data = {name: value for name, value in self._asdict().items() if name not in NOT_SENT}
         if self.question is None:
             del data["question"]
         if self.waiting_on is not None:
@@ -1946,7 +1945,7 @@ class RedisStore(Store):
         super().__init__(settings)
         self._lease = settings.lease
         self._max_age = math.ceil(settings.max_age)
-        # Longer than its task can be asked and kept: each look at it begins this anew.
+        # From the last look at it on: its task may wait for an answer, and is kept after that.
         self._conversation_age = self._max_age + math.ceil(settings.answer_timeout)
         self._replica = uuid.uuid4().hex
         self._claiming: set[str] = set()
@@ -3006,7 +3005,7 @@ class Run:
         self._asking = threading.Condition()
         self._question_id = ""  # of the question that is open
         self._answer: AnswerGiven | None = None
-        self._last_answer: AnswerGiven | None = None  # which is one also when it comes again
+        self._last_answer: AnswerGiven | None = None  # a message may bring it again
         self._cancelled = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -3088,8 +3087,7 @@ class Run:
             "choices": [*map(str, choices)] if choices else None,
             "free_text": free_text or not choices,
         }
-        self._begin_question(question_id)
-        try:
+        with self._open_question(question_id):
             self.outbox.put(self.draft(EventType.QUESTION, asked, agent_role))
             with self._asking:
                 self._asking.wait_for(self._is_answered, self.answer_timeout)
@@ -3099,29 +3097,29 @@ class Run:
                 self.check_cancelled()
                 seconds = f"{self.answer_timeout:g} s, the setting answer_timeout"
                 raise RunFailed(f"nobody answered within {seconds}: {quoted(str(question))}")
-            told = {"message": answer.text, "question_id": question_id}
+            answered = {"message": answer.text, "question_id": question_id}
             if answer.message_id is not None:
-                told["message_id"] = answer.message_id
-            self.outbox.put(self.draft(EventType.ANSWER, told))
-        finally:
-            self._end_question()
+                answered["message_id"] = answer.message_id
+            self.outbox.put(self.draft(EventType.ANSWER, answered))
         return answer.text
 
-    def _begin_question(self, question_id: str) -> None:
+    @contextlib.contextmanager
+    def _open_question(self, question_id: str) -> Iterator[None]:
         """Waits until no other question is open."""
         with self._asking:
             self._asking.wait_for(lambda: not self._question_id or self._cancelled.is_set())
             self.check_cancelled()
             self._question_id = question_id
+        try:
+            yield
+        finally:
+            with self._asking:
+                self._question_id = ""
+                self._answer = None
+                self._asking.notify_all()
 
     def _is_answered(self) -> bool:
         return self._answer is not None or self._cancelled.is_set()
-
-    def _end_question(self) -> None:
-        with self._asking:
-            self._question_id = ""
-            self._answer = None
-            self._asking.notify_all()
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -3174,7 +3172,7 @@ class Run:
     # For its execution
 
     def answer(self, answer: AnswerGiven) -> bool:
-        """Whether it is what answers an open question: the first answer, however often it comes."""
+        """Whether it answers the open question, or is the last answer taken, come again."""
         with self._asking:
             if answer.message_id is not None and answer == self._last_answer:
                 return True
@@ -3437,9 +3435,9 @@ def _play(
     yield 0.2
     run.waits_for_model()
     run.emit("REASONING", {"message": f"What belongs into {path}?", **call}, role)
-    said = f"```python\n{text}```\n" if path.endswith(".py") else text  # as a model says code
-    size = max(120, len(said) // 8)
-    phrases = re.findall(rf"(?s:.{{0,{size}}}\n)|.{{1,2000}}", said)  # whole lines, if they fit
+    reply = f"```python\n{text}```\n" if path.endswith(".py") else text  # as a model writes code
+    size = max(120, len(reply) // 8)
+    phrases = re.findall(rf"(?s:.{{0,{size}}}\n)|.{{1,2000}}", reply)  # whole lines, if they fit
     for phrase in phrases:
         run.emit("TOKEN", {"message": phrase, **call}, role)
         yield (length - 0.2) / len(phrases)
@@ -6761,9 +6759,6 @@ class Operation(NamedTuple):
             taken = {"application/json": {"schema": self.body(supervisor)}}
             operation["requestBody"] = {"required": True, "content": taken}
         return operation
-
-
-NOT_SENT = ("origin", "waiting", "answers")
 
 
 def schema_of(kind: type) -> dict[str, Any]:
