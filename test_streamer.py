@@ -948,6 +948,22 @@ class Gate:
         return {"answer": 42}
 
 
+@contextlib.contextmanager
+def others_speaking(run: Run, pause: float = 0) -> Iterator[None]:
+    """Another role speaks meanwhile, with a pause in seconds before each token."""
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(pause):
+            run.emit("TOKEN", {"message": "blah "}, "Bob")
+
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def burst(count: int) -> Callable[[Run], dict[str, Any]]:
     def runner(run: Run) -> dict[str, Any]:
         for number in range(count):
@@ -8042,20 +8058,20 @@ def test_ag_ui_answers_with_the_next_message(tmp_path: Path, package: str) -> No
 
 
 class RawConversation:
-    """What the users of one conversation say over either protocol, each message by its number."""
+    """One conversation over either protocol; each message of its user has a number."""
 
     def __init__(self, client: Client, path: str) -> None:
         self._client = client
         self._path = path
 
     def post(self, number: int, text: str, **more: Any) -> httpx2.Response:
-        """Of a client that shows no history, and so tells nothing of what it showed."""
+        """Without the messages before, and so without what the client has shown."""
         messages = [{"id": f"m{number}", "role": "user", "content": text}]
         body = {"id": "c", "threadId": "c", "runId": f"r{number}", "messages": messages, **more}
         return self._client.http.post(self._path, json=body)
 
     def says(self, number: int, text: str, **more: Any) -> str:
-        """What its roles answer."""
+        """What the roles answer."""
         lines = self.post(number, text, **more).text.splitlines()
         sent = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         return "".join(message["delta"] for message in sent if "delta" in message)
@@ -8068,34 +8084,34 @@ PROTOCOL_PATHS = ["/api/chat", "/ag-ui"]
 def test_conversation_gives_a_message_its_turn_again(tmp_path: Path, path: str) -> None:
     """Whatever came between: an answer is neither the next question's, nor a task of its own."""
     with live(painter, tmp_path) as client:
-        said = RawConversation(client, path)
-        turns = [(1, "paint", "Which colour? "), (2, "red", "red. How large? ")]
-        for number, text, answer in turns:
-            assert said.says(number, text) == answer
-            for earlier in turns[:number]:
-                assert said.says(earlier[0], earlier[1]) == earlier[2]
-        turns.append((3, "as a house", "as a house. "))
-        for number, text, answer in (turns[2], *turns):
-            assert said.says(number, text) == answer
+        chat = RawConversation(client, path)
+        turns = [
+            (1, "paint", "Which colour? "),
+            (2, "red", "red. How large? "),
+            (3, "as a house", "as a house. "),
+        ]
+        for last in range(3):
+            for number, text, answer in (turns[last], *turns[: last + 1]):
+                assert chat.says(number, text) == answer
         if path == "/ag-ui":  # a run of its own, whose last message is an old one
-            assert said.says(2, "red", runId="r9") == "red. How large? "
+            assert chat.says(2, "red", runId="r9") == "red. How large? "
         (task,) = client.get("/api/tasks")["items"]
         result = client.get(f"/api/tasks/{task['id']}/state")["final_result"]
         assert result["told"] == ["red", "as a house"]
-        assert said.says(4, "draw") == "Which colour? "
-        assert said.says(1, "paint") == "Which colour? "  # it is the first task's still
+        assert chat.says(4, "draw") == "Which colour? "
+        assert chat.says(1, "paint") == "Which colour? "  # it is the first task's still
         assert client.get("/api/tasks")["total"] == 2
-        assert said.says(5, "blue") == "blue. How large? "
+        assert chat.says(5, "blue") == "blue. How large? "
 
 
 @pytest.mark.parametrize("path", PROTOCOL_PATHS)
 def test_conversation_takes_an_answer_once_that_comes_at_once(tmp_path: Path, path: str) -> None:
     """Eight connections with the same answer show the same turn."""
     with live(painter, tmp_path) as client:
-        said = RawConversation(client, path)
-        said.says(1, "paint")
+        chat = RawConversation(client, path)
+        chat.says(1, "paint")
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: said.says(2, "red"), range(8)))
+            answers = list(pool.map(lambda _: chat.says(2, "red"), range(8)))
         assert answers == ["red. How large? "] * 8
         (task,) = client.get("/api/tasks")["items"]
         log = whole_log(client, task["id"])
@@ -8108,16 +8124,16 @@ def test_conversation_refuses_beside_an_answer_what_it_refuses_elsewhere(
 ) -> None:
     """Options that are none, and another request under the same name; the question stays open."""
     with live(painter, tmp_path) as client:
-        said = RawConversation(client, path)
-        said.says(1, "paint")
+        chat = RawConversation(client, path)
+        chat.says(1, "paint")
         options = {"n_rounds": 3}
-        refused = said.post(2, "red", options=options, forwardedProps={"options": options})
+        refused = chat.post(2, "red", options=options, forwardedProps={"options": options})
         assert (refused.status_code, "n_rounds" in refused.text) == (400, True)
         options = {"n_round": 3}
-        refused = said.post(1, "paint", options=options, forwardedProps={"options": options})
+        refused = chat.post(1, "paint", options=options, forwardedProps={"options": options})
         assert refused.status_code == 422
         assert "this message came before, with other options" in refused.text
-        assert said.says(2, "red") == "red. How large? "
+        assert chat.says(2, "red") == "red. How large? "
 
 
 class Debater:
@@ -8202,7 +8218,7 @@ def test_chat_answers_no_question_that_it_has_not_shown(tmp_path: Path, package:
         assert client.get(f"/api/tasks/{second}/state")["question"]["message"] == "q1?"
 
 
-def test_ai_sdk_asks_an_old_question_of_its_own_task(tmp_path: Path) -> None:
+def test_ai_sdk_answers_the_task_that_it_has_shown(tmp_path: Path) -> None:
     """A retry of what was refused shows the task; an answer goes to the task that was shown."""
     with (
         live(painter, tmp_path) as client,
@@ -8266,15 +8282,15 @@ def test_ag_ui_starts_one_task_for_a_message(tmp_path: Path, db: str | None) -> 
     team = Gate()
     more = {} if db is None else {"db": tmp_path / db}
     with live(team, tmp_path, **more) as client:
-        said = RawConversation(client, "/ag-ui")
+        chat = RawConversation(client, "/ag-ui")
         with ThreadPoolExecutor(8) as pool:
-            runs = [pool.submit(said.post, 1, "build", runId=f"r{n}") for n in range(8)]
+            runs = [pool.submit(chat.post, 1, "build", runId=f"r{n}") for n in range(8)]
             team.started.wait(TIMEOUT)
             team.go.set()
             assert {run.result().status_code for run in runs} == {200}
         assert team.runs == 1
-        said.says(1, "build", runId="r8")
-        said.says(1, "build", runId="r8")
+        chat.says(1, "build", runId="r8")
+        chat.says(1, "build", runId="r8")
         assert team.runs == 2
 
 
@@ -8283,15 +8299,15 @@ def test_conversation_goes_on_when_its_task_runs_again(tmp_path: Path) -> None:
     team = Debater()
     team.go.set()
     with live(team, tmp_path) as client:
-        said = RawConversation(client, "/api/chat")
-        said.says(1, "fail?")
-        assert said.says(2, "yes") == "yes. "
+        chat = RawConversation(client, "/api/chat")
+        chat.says(1, "fail?")
+        assert chat.says(2, "yes") == "yes. "
         (task,) = client.get("/api/tasks")["items"]
         assert task["status"] == "FAILED"
         assert client.post(f"/api/tasks/{task['id']}/run?restart=true").status_code == 202
-        assert said.says(2, "yes") == "yes. Well. "
+        assert chat.says(2, "yes") == "yes. Well. "
         assert "q0?" in client.http.get("/api/chat/c/stream").text
-        assert said.says(3, "no") == "no. "
+        assert chat.says(3, "no") == "no. "
         log = whole_log(client, task["id"])
         answers = [e["payload"]["message"] for e in log if e["event_type"] == "ANSWER"]
         assert answers == ["yes", "no"]
@@ -8324,21 +8340,11 @@ def test_ag_ui_tells_steps_of_one_name_apart(tmp_path: Path) -> None:
 
 
 def test_run_asks_one_question_after_the_other_however_much_is_said(tmp_path: Path) -> None:
-    """Each is open until its answer is told, while others keep the outbox full."""
-    answered = threading.Event()
-
-    def talk(run: Run) -> None:
-        while not answered.is_set():
-            run.emit("TOKEN", {"message": "blah "}, "Bob")
+    """Each is open until its answer is in the log, while others keep the outbox full."""
 
     def runner(run: Run) -> dict[str, Any]:
-        for _ in range(2):
-            threading.Thread(target=talk, args=(run,), daemon=True).start()
-        try:
-            with ThreadPoolExecutor(3) as pool:
-                return {"told": sorted(pool.map(lambda n: run.ask(f"q{n}?"), range(12)))}
-        finally:
-            answered.set()
+        with others_speaking(run), others_speaking(run), ThreadPoolExecutor(3) as pool:
+            return {"told": sorted(pool.map(lambda n: run.ask(f"q{n}?"), range(12)))}
 
     with live(runner, tmp_path) as client:
         task_id = client.create()
@@ -8399,30 +8405,22 @@ def test_conversation_is_known_to_every_replica(tmp_path: Path, redis_server: Re
 def test_turn_ends_at_its_question_on_every_replica(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
-    """Also where it is read from Redis with what others said behind the state that was read."""
-    answered = threading.Event()
-
-    def talk(run: Run) -> None:
-        while not answered.wait(0.002):
-            run.emit("TOKEN", {"message": "blah "}, "Bob")
+    """Also where events are read from Redis that are newer than the state that was read."""
 
     def runner(run: Run) -> None:
-        threading.Thread(target=talk, args=(run,), daemon=True).start()
-        try:
+        with others_speaking(run, pause=0.002):
             for number in range(20):
                 run.wait(0.01)
                 run.ask(f"q{number}?", None, "Alex")
-        finally:
-            answered.set()
 
     redis_server("FLUSHALL")
     url = redis_server.url
     with live(runner, tmp_path, redis_url=url) as one, live(runner, tmp_path, redis_url=url) as two:
         RawConversation(one, "/api/chat").post(1, "ask")
-        said = RawConversation(two, "/api/chat")
+        chat = RawConversation(two, "/api/chat")
         for number in range(2, 21):
-            assert f'"message":"q{number - 1}?"' in said.post(number, "go on").text
-        assert '"finishReason":"stop"' in said.post(21, "go on").text
+            assert f'"message":"q{number - 1}?"' in chat.post(number, "go on").text
+        assert '"finishReason":"stop"' in chat.post(21, "go on").text
 
 
 # -----------------------------------------------------------------------------
