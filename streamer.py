@@ -1125,11 +1125,11 @@ class CancelAsked(NamedTuple):
 
 
 class AnswerGiven(NamedTuple):
-    """A person answered, through another process."""
+    """A person answered a question."""
 
     question_id: str
     text: str
-    message_id: str | None = None  # as a client of another protocol calls it
+    message_id: str | None = None  # an Origin's, where the answer is a message
 
 
 ClaimMessage = ClaimLost | CancelAsked | AnswerGiven
@@ -3073,14 +3073,14 @@ class Run:
     ) -> str:
         """Asks the people who watch, and waits for the first answer; the clock of the task stands.
 
-        It is one of `choices`, or with `free_text` any other text too. Several threads are heard
-        one after the other. Raises RunCancelled, and RunFailed after `answer_timeout` seconds.
+        It is one of `choices`, or with `free_text` any other text too. Threads that ask at once
+        wait for one another. Raises RunCancelled, and RunFailed after `answer_timeout` seconds.
         """
         most = self.max_event_bytes // 32
         if choices and (max(map(len, choices)) > most or len("".join(choices)) > 4 * most):
             words = f"at most {most} characters each, and {4 * most} in all"
             raise ValueError(f"choices must have {words} (max_event_bytes)")
-        question_id = uuid.uuid4().hex[:8]  # which no max_event_bytes cuts
+        question_id = uuid.uuid4().hex[:8]  # too short to be cut by max_event_bytes
         asked = {
             "message": str(question),
             "question_id": question_id,
@@ -7989,15 +7989,14 @@ async def post_ag_ui(request: Request) -> Response:
     if not isinstance(forwarded, dict):
         raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
     turn = await _next_turn(supervisor, message, forwarded.get("options"))
-    history = None
-    if not turn.is_new:  # a client may not be able to read what it sent
-        history = [jsonable(each) for each in message.history]
+    # A lone surrogate, which JSON can escape, cannot be sent as UTF-8.
+    history = None if turn.is_new else [jsonable(each) for each in message.history]
     translator = AGUITranslator(turn.task_id, thread_id, run_id, history)
     return TranslatedStream(supervisor, turn, translator)
 
 
 def conversation_schema(supervisor: Supervisor) -> dict[str, Any]:
-    """Its protocol says the rest."""
+    """A part of the body: its protocol says the rest."""
     messages = {"type": "array", "items": {"type": "object"}}
     return {"type": "object", "required": ["messages"], "properties": {"messages": messages}}
 

@@ -7865,7 +7865,7 @@ def test_ai_sdk_shows_a_run(tmp_path: Path) -> None:
         assert "data-state" in shown["told"]
         task = client.get(f"/api/tasks/{task_id}")
         assert (task["input_prompt"], task["status"]) == ("two", "SUCCEEDED")
-        assert "conversation" not in task
+        assert "origin" not in task
 
 
 def test_ai_sdk_is_told_of_failure_and_cancel(tmp_path: Path) -> None:
