@@ -8180,7 +8180,7 @@ def prompts(client: Client) -> list[str]:
 def test_chat_refuses_an_answer_that_comes_too_late(
     tmp_path: Path, package: str, gone: str
 ) -> None:
-    """It is no prompt, and the client shows why; what is said after that is one."""
+    """The client shows why, and it starts no task; the message after it does."""
     with live(painter, tmp_path) as client, chatting(client, tmp_path / "n", package) as says:
         says("paint")
         path = f"/api/tasks/{client.get('/api/tasks')['items'][0]['id']}"
@@ -8197,7 +8197,7 @@ def test_chat_refuses_an_answer_that_comes_too_late(
 
 @pytest.mark.parametrize("package", CHAT_PACKAGES)
 def test_chat_answers_no_question_that_it_has_not_shown(tmp_path: Path, package: str) -> None:
-    """Neither one that was asked behind a cut connection, nor the next one, asked elsewhere."""
+    """Neither one asked after its connection was cut, nor the one after a question it has shown."""
     team = Debater()
     with live(team, tmp_path) as client, chatting(client, tmp_path / "n", package) as says:
         says("one?", "begin")
@@ -8219,7 +8219,7 @@ def test_chat_answers_no_question_that_it_has_not_shown(tmp_path: Path, package:
 
 
 def test_ai_sdk_answers_the_task_that_it_has_shown(tmp_path: Path) -> None:
-    """A retry of what was refused shows the task; an answer goes to the task that was shown."""
+    """A refused answer sent again shows its task; an answer goes to the task its tab has shown."""
     with (
         live(painter, tmp_path) as client,
         front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
@@ -8243,21 +8243,21 @@ def test_ai_sdk_takes_an_edited_prompt_for_no_answer(tmp_path: Path) -> None:
         front_end(tmp_path / "node", AI_SDK_CLIENT, client.url, "c") as chat,
     ):
         first = chat("send", "paint")["messages"][1]
-        assert chat("regenerate")["messages"][1]["parts"] == first["parts"]  # it waits for its word
+        assert chat("regenerate")["messages"][1]["parts"] == first["parts"]  # its task lives
         shown = chat("edit first", "draw")
         assert prompts(client) == ["paint", "draw"]
         assert shown["messages"][1]["id"] != first["id"]
         chat("send", "blue")
         last = chat("send", "as a house")
         assert last["status"] == "ready"
-        shown = chat("regenerate")  # of an answer: the whole task again, not one with its words
+        shown = chat("regenerate")  # an answer's: its whole task runs again
         assert prompts(client) == ["paint", "draw", "draw"]
         assert shown["messages"][-1]["parts"][0]["text"] == "Which colour? "
 
 
 @pytest.mark.parametrize("package", ["@ag-ui/client", "ag-ui-client-before-1"])
 def test_ag_ui_shows_a_question_again(tmp_path: Path, package: str) -> None:
-    """A run without a new message is no answer; its history comes back whole."""
+    """A run without a new message is no answer."""
     with (
         live(painter, tmp_path) as client,
         front_end(tmp_path / "node", AG_UI_CLIENT, client.url, "t", package) as agent,
@@ -8267,6 +8267,11 @@ def test_ag_ui_shows_a_question_again(tmp_path: Path, package: str) -> None:
         again = agent("again", "r9")
         assert (again["state"]["question"], again["types"][-1]) == (question, "RUN_FINISHED")
         assert spoken_in_ag_ui(again["messages"]) == spoken_in_ag_ui(shown["messages"])
+
+
+def test_ag_ui_gives_a_long_history_back_whole(tmp_path: Path) -> None:
+    """A run that comes again ends as the first one did, and replaces all of its messages."""
+    with live(painter, tmp_path) as client:
         history = [{"id": f"a{n}", "role": "assistant", "content": "x"} for n in range(20_000)]
         body = {"threadId": "long", "runId": "r", "messages": history}
         history.append({"id": "m", "role": "user", "content": "paint"})
