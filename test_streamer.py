@@ -8290,7 +8290,7 @@ def test_ag_ui_starts_one_task_for_a_message(tmp_path: Path, db: str | None) -> 
         chat = RawConversation(client, "/ag-ui")
         with ThreadPoolExecutor(8) as pool:
             runs = [pool.submit(chat.post, 1, "build", runId=f"r{n}") for n in range(8)]
-            team.started.wait(TIMEOUT)
+            wait_until(lambda: client.get("/healthz")["clients"] == 8)
             team.go.set()
             assert {run.result().status_code for run in runs} == {200}
         assert team.runs == 1
