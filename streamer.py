@@ -9139,7 +9139,8 @@ PAGE = r"""<!doctype html>
   font: 14px/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 * { box-sizing: border-box; accent-color: var(--accent); }
-[hidden], .card:empty, .watching #home, body:not(.watching) #task { display: none !important; }
+[hidden], .card:empty, .mark:empty, section:has(#feed:empty) { display: none !important; }
+.watching #home, body:not(.watching) #task { display: none; }
 body { margin: 0; display: grid; grid: auto minmax(0, 1fr) / 17rem minmax(0, 1fr); height: 100dvh; }
 body, dialog { background: var(--back); color: var(--text); }
 header, nav { overflow: auto; padding: .75rem; }
@@ -9164,7 +9165,7 @@ select { max-width: 9rem; }
 button, select, input, textarea, nav > a { padding: .3rem .8rem; min-height: 2rem; }
 button, select, input, textarea, nav > a { border: 1px solid var(--line); border-radius: 8px; }
 button:hover:enabled, nav > a:hover { border-color: var(--dim); }
-.primary { background: var(--accent); color: var(--card); font-weight: 600; }
+.primary, #question button:first-of-type { background: var(--accent); color: var(--card); }
 :disabled { opacity: .5; cursor: default; }
 textarea, input { border-color: var(--dim); vertical-align: middle; }
 textarea, input:not([type=checkbox]), progress { width: 100%; }
@@ -9182,17 +9183,16 @@ progress { height: 6px; }
 #home { max-width: 46rem; margin: 12vh auto 2rem; }
 #home h2 { font-size: 2.2rem; }
 #box, #question { border-color: var(--accent); box-shadow: 0 8px 30px #0001; }
-#box .row { padding: .25rem 1rem .75rem; align-items: end; }
+#box > .row, #login .row { padding: .25rem 1rem .75rem; align-items: end; }
 #prompt { height: 8rem; padding: 1rem; border: 0; outline: 0; resize: none; background: none; }
 #task { display: grid; grid: auto 1fr/minmax(0, 67rem) 19rem; gap: 0 2rem; place-content: center; }
 #top { position: sticky; top: 0; z-index: 1; max-height: 65vh; overflow: auto; }
 #top { padding: 1.5rem 0 1rem; background: var(--card); }
-.card.bad { border-color: currentColor; }
 .role { --role: light-dark(oklch(47% .14 var(--hue)), oklch(80% .11 var(--hue))); }
 .name, .avatar { color: var(--role); font-weight: 600; }
 .avatar { display: grid; place-items: center; width: 2rem; height: 2rem; border-radius: 50%; }
 .avatar { background: var(--role, var(--dim)); color: var(--card); font-size: .75rem; }
-#now > li { border-color: var(--role); }
+.card.bad, #now > li { border-color: var(--role, currentColor); }
 .tail { display: flex; flex-direction: column-reverse; height: 8rem; overflow: hidden; }
 .tail { font: var(--mono); mask-image: linear-gradient(transparent, #000 3rem); }
 aside { grid-area: 1 / 2 / 3; position: sticky; top: 0; align-self: start; max-height: 96dvh; }
@@ -9207,7 +9207,7 @@ aside { overflow: auto; padding: 1.6rem 0; }
 #feed > li { padding-bottom: 2rem; content-visibility: auto; contain-intrinsic-size: auto 28rem; }
 #feed > li { background: linear-gradient(var(--line) 0 0) 1rem 2.4rem / 1px 100% no-repeat; }
 #feed p + * { margin-top: .5rem; }
-.told:not(.ARTIFACT) { width: 100%; }
+li:not(.note) .told:not(.ARTIFACT) { width: 100%; }
 .doc, #box { padding: 0; overflow: hidden; }
 .doc > .md { padding: 1rem 1.1rem; max-height: 22rem; overflow: hidden; }
 .doc > .md { mask-image: linear-gradient(#000 17rem, transparent 22rem); }
@@ -9241,6 +9241,7 @@ th, td { text-align: left; vertical-align: top; overflow-wrap: normal; }
   main { grid-area: 2 / 1; margin: 0; padding: 0 1rem; border-width: 1px 0; border-radius: 0; }
   nav { max-height: 35dvh; }
   #top { position: static; max-height: none; }
+  #title { flex-basis: 100%; }
   .watching nav { display: none; }
 }
 @media (prefers-reduced-motion: no-preference) { #now .avatar { animation: pulse 1.5s infinite; } }
@@ -9262,23 +9263,20 @@ streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <label>Seconds at most <input name=timeout type=number min=1 step=any></label>
 <label>Project name <input name=project_name pattern="[A-Za-z][A-Za-z0-9_]*" maxlength=64></label>
 <label>Wait for my word after <input name=approve placeholder="WritePRD, WriteDesign"></label>
-<label><input name=implement type=checkbox checked> Write the code</label>
+</div><p class=row><label><input name=implement type=checkbox checked> Write the code</label>
 <label><input name=code_review type=checkbox checked> Review the code</label>
-<label><input name=run_tests type=checkbox> Test it: runs what the model wrote</label></div>
+<label><input name=run_tests type=checkbox> Test it: runs what the model wrote</label></p>
 </details><button type=button id=start class=primary title="Ctrl+Enter">Start</button></div>
-</div><div id=examples class=row>
-<button type=button>A to-do list for the terminal</button>
+</div><div id=examples class=row><button type=button>A to-do list for the terminal</button>
 <button type=button>A snake game for the browser</button>
 <button type=button>A web page that converts units</button></div></form>
-<article id=task><div id=top class=stack><div class=row><h2 id=title class=grow dir=auto></h2>
-<button id=run class=primary></button><button id=cancel>Stop</button>
+<article id=task><div id=top class=stack><div class=row><h2 id=title class="grow title" dir=auto>
+</h2><button id=run class=primary></button><button id=cancel>Stop</button>
 <button id=more class="link dim" popovertarget=sure>Delete …</button></div>
-<div id=sure class=card popover>Its log and its files go too.
-<button id=delete class=bad>Delete it</button></div>
-<p><span id=status role=status></span> <span id=facts class=dim></span></p>
-<progress id=progress max=1 aria-label=Progress></progress>
-<div id=question class="card stack" aria-live=polite></div>
-<div id=failure class="card stack bad" role=alert></div>
+<div id=sure class=card popover>Its log and its files go too.<button id=delete class=bad>
+Delete it</button></div><p><span id=status role=status></span> <span id=facts class=dim></span></p>
+<progress id=progress max=1 aria-label=Progress></progress><div id=question class="card stack"
+aria-live=polite></div><div id=failure class="card stack bad" role=alert></div>
 <ul id=now class=tiles aria-label="At work"></ul></div>
 <aside class=stack aria-label="Team and files"><ul id=team class=tiles aria-label=Team></ul>
 <details id=made><summary>Files</summary><div class=stack>
@@ -9288,8 +9286,7 @@ streamer</a></h1><small id=mode title="a scripted team, not MetaGPT"></small>
 <select id=kind aria-label=What><option value="">everything</option>
 <option value=TOKEN>texts</option><option value=MESSAGE>messages</option>
 <option value=ARTIFACT>files</option><option value=ERROR>errors</option></select>
-<label><input type=checkbox id=log> Log</label></div>
-<ol id=feed></ol><div id=lines></div></section>
+<label><input type=checkbox id=log> Log</label></div><ol id=feed></ol><div id=lines></div></section>
 <button id=latest hidden>Jump to the latest ↓</button></article></main>
 <p id=notice class="card bad" role=alert></p>
 <dialog id=login class=card aria-label=Token><form method=dialog class=row>
@@ -9311,7 +9308,6 @@ const ACTIONS = {
   WriteTest: "writes tests",
 };
 const ADVICE = "What was made until then is kept. Mend what the reason names, and run it again.";
-const BATCH = 1000;  // lines of the log that are made before the browser gets a turn
 const $ = id => document.getElementById(id);
 const main = document.querySelector("main");
 const roles = [];  // each has a colour by its index
@@ -9325,10 +9321,8 @@ let seconds = 0;  // since the page was opened
 let follow = false;  // the latest stays in sight
 
 // What turns the direction of text could hide what a file or an address says.
-function visible(text) {
-  const shown = char => `[U+${char.codePointAt().toString(16).toUpperCase()}]`;
-  return String(text).replace(/[\u202a-\u202e\u2066-\u2069]/g, shown);
-}
+const visible = text => String(text).replace(/[\u202a-\u202e\u2066-\u2069]/g,
+  char => `[U+${char.codePointAt().toString(16).toUpperCase()}]`);
 // el("p.dim", {title}, "text", child): text goes in as text, never as HTML.
 function el(name, ...inside) {
   const [tag, ...classes] = name.split(".");
@@ -9344,7 +9338,7 @@ function el(name, ...inside) {
 function put(element, text) {  // what has not changed is not read out again
   if (element.textContent !== visible(text)) element.textContent = visible(text);
 }
-const spaced = name => name.replace(/([a-z])([A-Z])/g, "$1 $2").replaceAll("_", " ");
+const spaced = name => name.replace("Qa", "QA").replace(/(?<=[a-z]|^QA)(?=[A-Z])|_/g, " ");
 const words = action => ACTIONS[action] || spaced(action || "works").toLowerCase();
 const joined = (...facts) => facts.flat().filter(Boolean).join(" · ");
 const isLive = status => status === "PENDING" || status === "RUNNING";
@@ -9379,9 +9373,8 @@ const BLOCKS = [
   [/^\s*[-*+]\s/, lines => el("ul", lines.map(entry))],
   [/^/, lines => el("p", {dir: "auto"}, inline(lines.join("\n")))],
 ];
-function marked(text, pattern, make) {  // what the pattern finds becomes elements
-  return text.split(pattern).map((part, index) => index % 2 ? make(part) : part);
-}
+const marked = (text, pattern, make) =>  // what the pattern finds becomes elements
+  text.split(pattern).map((part, index) => index % 2 ? make(part) : part);
 function inline(text) {
   return marked(text, INLINE, part => {
     if (part[0] === "`") return el("code", part.slice(1, -1));
@@ -9425,9 +9418,9 @@ function code(text, language) {
   return el("figure.card", el("figcaption.row", label, copy), el("div.code.scroll",
     {tabIndex: 0}, el("pre.dim", {ariaHidden: true}, numbers), el("pre", colored)));
 }
-async function copyTo(button, text) {
-  await navigator.clipboard.writeText(text);
-  put(button, "Copied");
+async function copyTo(button, text) {  // a browser has no clipboard for http: of another machine
+  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  put(button, copied ? "Copied" : "Copying needs https");
 }
 function prose(value) {
   if (typeof value === "string" && DIAGRAM.test(value)) return code(value.trim(), "mermaid");
@@ -9455,12 +9448,10 @@ function present(name, text, type, blob = new Blob([text])) {
   $("save").onclick = () => save(blob, name.split("/").at(-1));
   $("viewer").showModal();
 }
-function save(blob, name) {
-  el("a", {href: URL.createObjectURL(blob), download: name}).click();
-}
+const save = (blob, name) => el("a", {href: URL.createObjectURL(blob), download: name}).click();
 const opener = (label, onclick) => el("button.link", {onclick}, label);
 
-// The server
+// The server, and its list of tasks
 const path = (id, rest = "") => `api/tasks/${encodeURIComponent(id)}${rest}`;
 const json = async (where, set) => (await api(where, set)).json();
 const post = (where, body) => api(where, {method: "POST", body: body && JSON.stringify(body)});
@@ -9487,8 +9478,6 @@ async function retry() {
   await list();
   if (view && !view.over) load(view);
 }
-
-// The list of tasks
 async function list(step = 0) {
   page += step;
   try {
@@ -9500,8 +9489,10 @@ async function list(step = 0) {
     $("older").hidden = page >= found.total_pages;
     $("tasks").replaceChildren(...found.items.map(item));
     if (focused) $("tasks").querySelector(`[href="${focused}"]`)?.focus();
+    const isNew = ({id, status}) => id === view.id && status !== view.state.status;
+    if (view?.over && seconds > view.heard && found.items.some(isNew)) connect(view);  // run again
   } catch (error) {
-    put($("link"), error.message);
+    put($("link"), error.status === 401 ? "" : error.message);  // which is asked for
   }
 }
 function item({id, title, input_prompt, status, created_at, updated_at, result_summary}) {
@@ -9516,11 +9507,11 @@ function item({id, title, input_prompt, status, created_at, updated_at, result_s
 // The stream of a task
 function open(id) {
   view?.socket?.close();
+  $("viewer").close();
+  $("sure").hidePopover();
   view = id ? {id, last: 0, queue: [], log: [], state: {}, members: new Map()} : null;
   follow = false;
-  const emptied = "title status facts question failure now team feed lines";
-  for (const name of emptied.split(" ")) $(name).replaceChildren();
-  for (const name of ["run", "cancel", "more", "made"]) $(name).hidden = true;
+  empty("title status facts question failure now team feed lines");
   $("who").length = 1;
   $("made").open = innerWidth > 1150;
   document.body.classList.toggle("watching", !!id);
@@ -9535,13 +9526,15 @@ async function load(mine) {
   try {
     mine.task = await json(path(mine.id));
     if (mine !== view) return;
-    put($("title"), mine.task.title || mine.task.input_prompt.slice(0, 80));
-    document.title = $("title").textContent + " - streamer";
+    put($("title"), mine.task.title || mine.task.input_prompt);
+    document.title = $("title").textContent.slice(0, 80) + " - streamer";
     expect(mine);
     await recall(mine);
     connect(mine);
   } catch (error) {
-    if (mine === view && error.status) gone(error.message);
+    if (mine !== view) return;
+    if (error.status < 500) gone(error.message);
+    else setOffline(5);
   }
 }
 async function recall(mine) {  // what happened until now: by the thousand, ten times as fast
@@ -9552,8 +9545,8 @@ async function recall(mine) {  // what happened until now: by the thousand, ten 
   }
 }
 function connect(mine) {
-  const url = new URL(`ws/tasks/${mine.id}?start=false&after=${mine.last}`, location);
-  url.protocol = url.protocol.replace("http", "ws");
+  const url = new URL(`ws/tasks/${mine.id}?start=false&after=${mine.last}`,
+    location.href.replace("http", "ws"));
   if (token) url.searchParams.set("token", token);
   mine.socket?.close();
   const socket = new WebSocket(url);
@@ -9580,8 +9573,7 @@ function flush(mine) {
 const RECEIVE = {
   connected(mine, {recovered}) {
     if (!recovered && mine.last) open(mine.id);
-    else if (mine.wasLive) note(mine, `connected again, after event ${mine.last}`);
-    mine.wasLive = true;
+    else if (isLive(mine.state.status)) note(mine, `connected again, after event ${mine.last}`);
     setOffline(0);
     put($("link"), "live");
   },
@@ -9613,14 +9605,18 @@ const RECEIVE = {
     list();
   },
 };
+function empty(names) {
+  for (const name of names.split(" ")) $(name).replaceChildren();
+  for (const name of ["run", "cancel", "more", "progress", "made"]) $(name).hidden = true;
+}
 function gone(message) {
-  view.over = true;
-  for (const name of ["run", "cancel", "more"]) $(name).hidden = true;
+  Object.assign(view, {over: true, state: {}, heard: Infinity});
+  setOffline(0);
+  empty("status question now");
   fail("This task cannot be shown", message);
 }
-function fail(title, reason, advice = "") {
-  $("failure").replaceChildren(el("strong", title), el("p", reason), el("p.dim", advice));
-}
+const fail = (title, reason, advice = "") => $("failure").replaceChildren(
+  el("strong", title), el("p", reason), el("p.dim", advice));
 
 // The team
 function expect(mine) {  // the company's members, before they begin
@@ -9684,7 +9680,7 @@ function drawMember(who, {waiting_on: waits, cost}, began, now) {
 
 // The story
 const when = (mine, at) => el("time", {title: new Date(at)}, "+" + clock(at - mine.began));
-const file = (path, change = "") => el("button", {title: path, onclick: () => show(path)},
+const file = (path, change = "") => el("button", {title: path, onclick: () => attempt(show(path))},
   change + path.split("/").slice(-2).join("/"));
 function note(mine, ...inside) {  // a row of nobody's
   mine.turn = null;
@@ -9703,6 +9699,7 @@ function tell(mine, event) {
   else if (type === "AGENT_COMPLETE") stop(mine, who, at);
   else if (streams) grow(mine, who, at, type, payload);
   else if (type === "RESULT") mine.result = payload;
+  else if (type === "ANSWER") person(mine, at, "answered", payload.message);
   else if (type === "TASK_START") start(mine, at);
   else if (type.startsWith("TASK_")) end(mine, at, type, payload);
   else if (type === "LOG" || !isNews) mine.log.push({at, role, payload});
@@ -9759,9 +9756,10 @@ function start(mine, at) {
   Object.assign(mine, {began: at, ended: 0, failed: "", result: null, turn: null});
   $("failure").replaceChildren();
   for (const who of mine.members.values()) Object.assign(who, {bars: [], end: ""});
-  const prompt = el("p.said", {dir: "auto"}, mine.task.input_prompt);
-  rows(mine, {role: "You", does: "asked"}, at).append(prompt);
+  person(mine, at, "asked", mine.task.input_prompt);
 }
+const person = (mine, at, does, text) =>
+  rows(mine, {role: "You", does}, at).append(el("p.said", {dir: "auto"}, text));
 function end(mine, at, type, payload) {
   const {files = [], message, cost, mode, rounds, end_reason, ...rest} = mine.result || {};
   const good = type === "TASK_COMPLETE";
@@ -9776,8 +9774,8 @@ function end(mine, at, type, payload) {
   mine.added.append(el("li", el("span"), el("div.card.md", head, made)));
 }
 function drawLog(mine) {  // only while it is looked at, and a part at a time
-  if (mine !== view || !$("log").checked || !mine.log.length) return;
-  const lines = mine.log.splice(0, BATCH).map(({at, role, payload}) => {
+  if (mine !== view || !mine?.log.length || !$("log").checked) return;
+  const lines = mine.log.splice(0, 1000).map(({at, role, payload}) => {
     const name = role ? el("span.name", spaced(role) + " ") : [];
     return tint(role, el("p", when(mine, at), " ", name, payload.message));
   });
@@ -9818,12 +9816,15 @@ function ask(mine, question) {
   mine.asked = question?.question_id;
   if (!question) return $("question").replaceChildren();
   const {question_id, agent_role, message, choices, free_text} = question;
-  const send = answer => attempt(post(path(mine.id, "/answers"), {question_id, answer}));
-  const field = el("textarea", {id: "answer", ariaLabel: "Your answer"});
-  const free = [field, el("button.primary", {onclick: () => send(field.value)}, "Answer")];
+  const asker = spaced(agent_role || "The team");
+  const send = answer => mine.sending ||=  // one answer, however often one clicks
+    attempt(post(path(mine.id, "/answers"), {question_id, answer})).then(() => mine.sending = null);
+  const field = el("textarea", {id: "answer", placeholder: "Your answer, in your own words"});
+  const free = [field, el("button", {onclick: () => send(field.value)}, "Answer")];
   const buttons = (choices || []).map(each => el("button", {onclick: () => send(each)}, each));
-  $("question").replaceChildren(el("strong", `${spaced(agent_role || "The team")} asks you`),
-    el("div.md", markdown(message)), el("div.row", buttons, choices && !free_text ? [] : free));
+  $("question").replaceChildren(el("strong", asker + " asks you"),
+    el("div.md", markdown(message.replaceAll(agent_role || asker, asker))),
+    el("div.row", buttons, choices && !free_text ? [] : free));
 }
 async function files(mine) {
   mine.filesDue = false;
@@ -9834,7 +9835,7 @@ async function files(mine) {
     const [, within = "", name] = /^(.*\/)?(.*)$/s.exec(path);
     const head = within === folder ? [] : el("li.dim", within);
     folder = within;
-    return [head, el("li", {style: "margin-left: 1rem"}, opener(name, () => show(path)))];
+    return [head, el("li", {style: "margin-left: 1rem"}, opener(name, () => attempt(show(path))))];
   });
   $("files").replaceChildren(...lines.flat());
   $("made").hidden = !found.length;
@@ -9856,9 +9857,9 @@ const ACTS = {
     if (!$("home").reportValidity()) return;
     const body = {input_prompt: $("prompt").value, options: options()};
     const task = await (await post("api/tasks", body)).json();
-    await post(path(task.id, "/run"));
     $("prompt").value = "";
-    location.hash = task.id;
+    location.hash = task.id;  // before it runs, which may be refused
+    await post(path(task.id, "/run"));
   },
   async run() {
     await post(path(view.id, "/run?restart=" + !isLive(view.state.status)));
@@ -9868,9 +9869,8 @@ const ACTS = {
     await api(path(view.id), {method: "DELETE"});
     location.hash = "";
   },
-  async zip() {
-    save(await (await api(path(view.id, "/artifacts.zip"))).blob(), view.id + ".zip");
-  },
+  zip: async () =>
+    save(await (await api(path(view.id, "/artifacts.zip"))).blob(), view.id + ".zip"),
 };
 onclick = async ({target}) => {
   if (!Object.hasOwn(ACTS, target.id)) return;
@@ -9931,7 +9931,7 @@ $("mark").src = document.querySelector("[rel=icon]").href;
 document.adoptedStyleSheets = [filters];
 onhashchange = () => open(location.hash.slice(1));
 setInterval(tick, 1000);
-greet();
+attempt(greet());
 onhashchange();
 </script></body></html>
 """

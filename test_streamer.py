@@ -8734,7 +8734,7 @@ def test_page_works_with_a_token(tmp_path: Path, chromium: Any) -> None:
     """It is asked for where it is missing, and a reload does not lose it."""
     with live(burst(3), tmp_path, token=TOKEN) as client:
         chromium.goto(client.url)
-        chromium.wait_for_selector("#link:has-text('a token is needed')")
+        chromium.wait_for_selector("#login[open]")
         assert chromium.locator("dialog:modal button.primary").all_inner_texts() == ["Open"]
         chromium.keyboard.type(TOKEN)
         chromium.keyboard.press("Enter")
@@ -9505,6 +9505,7 @@ def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
         page.keyboard.press("Space")
         page.wait_for_selector("#status.SUCCEEDED")
         assert not page.is_visible("#question")
+        assert page.locator("#feed > li:has-text('You answered'):has-text('مرحبا')").count() == 1
         (task,) = client.get("/api/tasks")["items"]
         state = client.get(f"/api/tasks/{task['id']}/state")
         client.http.close()
@@ -9538,6 +9539,7 @@ def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> N
         assert fits(page)
         assert client.http.delete(f"/api/tasks/{waiting}").status_code == 204
         page.wait_for_selector("#failure:has-text('it was deleted')")
+        assert page.locator("#top button:visible").count() == 0
         page.goto(f"{client.url}/#{task_id}")
         page.wait_for_selector("#status.SUCCEEDED")
         assert not page.locator("#delete").is_visible()
@@ -9549,6 +9551,64 @@ def test_page_cancels_runs_again_and_deletes(tmp_path: Path, chromium: Any) -> N
         start(page, "x" * 32001)
         page.wait_for_selector("#notice:has-text('1 to 32000 characters')")
         assert page.locator("#start").is_enabled()
+
+
+def test_page_says_what_it_cannot_do(tmp_path: Path, chromium: Any) -> None:
+    """A proxy that fails for a moment, a file that is gone, a browser without a clipboard."""
+    page = chromium
+    with live(burst(1), tmp_path) as client:
+        task_id = client.create()
+        client.watch(task_id)
+        page.route(f"**/api/tasks/{task_id}", lambda route: route.fulfill(status=502))
+        page.goto(f"{client.url}/#{task_id}")
+        page.wait_for_selector("#notice:has-text('Trying again in')")
+        page.unroute_all()
+        page.evaluate("retry()")
+        page.wait_for_selector("#status.SUCCEEDED")
+        page.evaluate("file('gone.txt').click()")
+        page.wait_for_selector("#notice:has-text('not found')")
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.evaluate("present('a.md', 'text', 'md')")
+        page.click("#copy")
+        page.wait_for_selector("#copy:has-text('needs https')")
+        assert (
+            page.evaluate("spaced('QaEngineer') + spaced('WritePRD_a')") == "QA EngineerWrite PRD a"
+        )
+
+
+def test_page_leaves_nothing_of_a_task_behind(tmp_path: Path, chromium: Any) -> None:
+    """A question whether to delete, asked of one task, is gone with it; so is its log."""
+    page = chromium
+    with live(burst(1), tmp_path) as client:
+        for title in ("first", "second"):
+            task_id = client.create(title)
+            page.goto(f"{client.url}/#{task_id}")
+            page.wait_for_selector(f"#title:has-text('{title}')")
+            page.wait_for_selector("#status.PENDING")
+        page.click("#more")
+        page.wait_for_selector("#delete:visible")
+        page.go_back()
+        page.wait_for_selector("#title:has-text('first')")
+        assert page.locator("#delete").is_hidden()
+        page.click("#run")
+        page.wait_for_selector("#status.SUCCEEDED")
+        page.check("#log")
+        page.click("nav > a")
+        page.wait_for_selector("#home:visible")
+        assert page.locator(":focus").get_attribute("id") == "prompt"
+
+
+def test_page_sees_that_somebody_else_runs_a_task_again(tmp_path: Path, chromium: Any) -> None:
+    """A page on a task that has ended goes on with it."""
+    with watched_page(chromium, tmp_path) as (client, page, gate):
+        task_id = page.evaluate("view.id")
+        client.post(f"/api/tasks/{task_id}/cancel")
+        page.wait_for_selector("#feed .TASK_CANCELLED")
+        gate.go.set()
+        client.post(f"/api/tasks/{task_id}/run?restart=true")
+        page.wait_for_selector("#status.SUCCEEDED")
+        assert page.locator("#feed > li:has-text('You asked')").count() == 2
+        assert page.locator("#feed .note:has-text('connected again')").count() == 0
 
 
 def test_page_starts_one_task_however_often_one_clicks(tmp_path: Path, chromium: Any) -> None:
@@ -9960,7 +10020,7 @@ def test_page_keeps_a_half_written_answer_and_shows_a_refusal(
         both = {**question, "question_id": "q3", "choices": ["continue"], "free_text": True}
         receive(page, "state", **state, question=both)
         page.fill("#answer", "but blue")
-        page.click("#question .primary")
+        page.click("#question button:has-text('Answer')")
         wait_until(lambda: len(answers) == 3)
         assert answers == [
             {"question_id": "q1", "answer": "blue"},
