@@ -3003,7 +3003,8 @@ class Run:
         self.answer_timeout = settings.answer_timeout
         self.progress = 0.0  # as it was reported last
         self._asking = threading.Condition()
-        self._question_id = ""  # of the question that is open
+        self._is_asking = False  # a thread is, and others wait for it
+        self._question_id = ""  # of the question that can be answered now
         self._answer: AnswerGiven | None = None
         self._last_answer: AnswerGiven | None = None  # a message may bring it again
         self._cancelled = threading.Event()
@@ -3089,9 +3090,7 @@ class Run:
         }
         with self._open_question(question_id):
             self.outbox.put(self.draft(EventType.QUESTION, asked, agent_role))
-            with self._asking:
-                self._asking.wait_for(self._is_answered, self.answer_timeout)
-                answer = self._answer
+            answer = self._wait_for_answer()
             if answer is None:
                 self.outbox.put({"question": None})
                 self.check_cancelled()
@@ -3107,19 +3106,27 @@ class Run:
     def _open_question(self, question_id: str) -> Iterator[None]:
         """Waits until no other question is open."""
         with self._asking:
-            self._asking.wait_for(lambda: not self._question_id or self._cancelled.is_set())
+            self._asking.wait_for(lambda: not self._is_asking or self._cancelled.is_set())
             self.check_cancelled()
+            self._is_asking = True
             self._question_id = question_id
         try:
             yield
         finally:
             with self._asking:
+                self._is_asking = False
                 self._question_id = ""
-                self._answer = None
                 self._asking.notify_all()
 
-    def _is_answered(self) -> bool:
-        return self._answer is not None or self._cancelled.is_set()
+    def _wait_for_answer(self) -> AnswerGiven | None:
+        """None where nobody answered, and nobody can any more."""
+        ended = self._cancelled.is_set
+        with self._asking:
+            self._asking.wait_for(lambda: self._answer or ended(), self.answer_timeout)
+            answer = self._answer
+            self._answer = None
+            self._question_id = ""
+        return answer
 
     def waits_for_model(
         self, agent_role: str | None = None, action: str | None = None, since: float | None = None
@@ -3176,8 +3183,9 @@ class Run:
         with self._asking:
             if answer.message_id is not None and answer == self._last_answer:
                 return True
-            if answer.question_id != self._question_id or self._answer is not None:
+            if answer.question_id != self._question_id or self._cancelled.is_set():
                 return False
+            self._question_id = ""
             self._answer = answer
             self._last_answer = answer
             self._asking.notify_all()
@@ -6419,14 +6427,14 @@ class Supervisor:
 
     async def _start_claimed(self, broker: Broker) -> None:
         try:
-            self.check_room(broker.task.id)
+            self._check_room(broker.task.id)
             if broker.ended:
                 self._restarting += 1
                 try:
                     await broker.publish(task=broker.task.to(TaskStatus.PENDING), again=True)
                 finally:
                     self._restarting -= 1
-                self.check_room(broker.task.id)  # it may be deleted meanwhile
+                self._check_room(broker.task.id)  # it may be deleted meanwhile
         except StreamerError:
             await broker.let_go()
             self._follow(broker)
@@ -6434,8 +6442,7 @@ class Supervisor:
             raise
         self._group.start_soon(self._execute, self._activate(broker))
 
-    def check_room(self, task_id: str) -> None:
-        """Whether it can be started. Raises TooManyTasks, ServerClosing, TaskNotFound."""
+    def _check_room(self, task_id: str) -> None:
         self._refuse_if_closing()
         if task_id in self._deleting:
             raise TaskNotFound(f"task {task_id} not found: it is being deleted")
@@ -6534,15 +6541,19 @@ class Supervisor:
         broker = execution.broker
         return Record(broker.task, broker.state, broker.first_event_id)
 
+    def check_clients(self) -> None:
+        """Whether one more can watch. Raises TooManyClients, ServerClosing."""
+        self._refuse_if_closing()
+        if self.clients >= self.settings.max_sockets:
+            limit = f"{self.clients} clients watch already, the limit (max_sockets)"
+            raise TooManyClients(f"{limit}; try again later")
+
     @contextlib.asynccontextmanager
     async def watch(
         self, task_id: str, after: int = 0, types: frozenset[EventType] | None = None
     ) -> AsyncIterator[Subscription]:
         """A client's subscription while it is connected. Raises TooManyClients."""
-        self._refuse_if_closing()
-        if self.clients >= self.settings.max_sockets:
-            limit = f"{self.clients} clients watch already, the limit (max_sockets)"
-            raise TooManyClients(f"{limit}; try again later")
+        self.check_clients()
         self.clients += 1
         try:
             broker = await self._brokers.get(task_id)
@@ -7723,6 +7734,7 @@ class TranslatedStream(EventStream):
         translator = self._translator
         asked = 0  # the event of this turn's last question; 0 also at the answer that began it
         is_answered = False
+        is_told = True  # what the state is now
         yield self._lines(translator.start())
         try:
             async for delivery in subscription:
@@ -7736,10 +7748,15 @@ class TranslatedStream(EventStream):
                     if each.type is EventType.QUESTION:
                         asked = each.id
                     yield self._lines(translator.event(event))
-                if delivery.state is not None:
-                    yield self._lines(translator.state(json.loads(delivery.state)["data"]))
-                question = subscription.broker.state.question
-                if is_answered or (question is not None and question["event_id"] == asked):
+                broker = subscription.broker
+                question = broker.state.question
+                is_open = question is not None and question["event_id"] == asked
+                has_all = subscription.cursor == broker.state.last_event_id
+                is_told = is_told and delivery.state is None
+                if is_open or (has_all and not is_told and not is_answered):
+                    is_told = True  # not while it replays: the state may be that of a later turn
+                    yield self._lines(translator.state(json.loads(broker.state_message())["data"]))
+                if is_open or is_answered:
                     break
             yield self._lines(translator.end())
         except StreamerError as error:
@@ -7848,13 +7865,14 @@ def _question_for(
         return latest.task.id, latest.state.question["question_id"]
     if message.shown_question is None:
         return None
-    if message.follows is not None:
+    # Where the message before was refused, the user knows that the question is closed.
+    if message.follows is not None and task_id_of(message.follows) != message.shown_task:
         if shown is None:
             return None
         question = shown.state.question
         is_open = question is not None and question["question_id"] == message.shown_question
         if not is_open and _turn_of(message.follows, shown) is None:
-            return None  # the message before was refused, so the user knows that it is closed
+            return None
     return message.shown_task, message.shown_question
 
 
@@ -7884,13 +7902,16 @@ async def _submit(
     supervisor: Supervisor, prompt: str, options: JSONObject, key: str, origin: Origin
 ) -> Turn:
     """The turn of the task of that key, which is created where there is none."""
-    if await _find(supervisor, task_id_of(key)) is None:
-        supervisor.check_room(task_id_of(key))  # what is refused leaves nothing
     try:
         task, is_new = await supervisor.submit(prompt, None, options, key, origin)
     except IdempotencyConflict:
         raise IdempotencyConflict("this message came before, with other options") from None
-    return await _start(supervisor, Turn(task.id, is_new=is_new))
+    try:
+        return await _start(supervisor, Turn(task.id, is_new=is_new))
+    except TooManyTasks:
+        if is_new:  # what is refused leaves nothing
+            await supervisor.delete(task.id)
+        raise
 
 
 async def _next_turn(
@@ -7902,6 +7923,7 @@ async def _next_turn(
     does another run of the same message. Raises QuestionClosed, TaskNotFound, IdempotencyConflict,
     TooManyTasks, InvalidRequest.
     """
+    supervisor.check_clients()  # nothing begins that could not be shown
     name = "the text of the user's last message"
     prompt = parse_text({name: message.text}, name, supervisor.settings.max_prompt)
     body = {"input_prompt": prompt, "options": given or {}}
@@ -7917,19 +7939,19 @@ async def _next_turn(
         turn = _existing_turn(origin.message_id, records, again)
         if turn is not None:
             return await _start(supervisor, turn)
-        if again:
-            if latest is not None and latest.state.status not in ENDED:
-                return _latest_turn(latest)
-            for record in records:
-                if origin.message_id in record.state.answers:
-                    prompt = record.task.input_prompt  # with its answers, all is asked again
-            key += f" after {latest_id}"
-        elif own is not None:
-            key += f" run {origin.run_id}"
-        else:
+        if again and latest is not None and latest.state.status not in ENDED:
+            return _latest_turn(latest)
+        answered = [each for each in records if origin.message_id in each.state.answers]
+        if own is None and not answered:
             question = _question_for(message, shown, latest)
             if question is not None:
                 return await _answer(supervisor, message, *question)
+        if again:
+            key += f" after {latest_id}"
+        elif own is not None:
+            key += f" run {origin.run_id}"
+        if answered:
+            prompt = answered[0].task.input_prompt  # with its answers, all is asked again
     return await _submit(supervisor, prompt, options, key, origin)
 
 

@@ -8093,6 +8093,7 @@ def test_conversation_gives_a_message_its_turn_again(tmp_path: Path, path: str) 
         for last in range(3):
             for number, text, answer in (turns[last], *turns[: last + 1]):
                 assert chat.says(number, text) == answer
+            assert "How large" not in chat.post(1, "paint").text  # nor the state of a later turn
         if path == "/ag-ui":  # a run of its own, whose last message is an old one
             assert chat.says(2, "red", runId="r9") == "red. How large? "
         (task,) = client.get("/api/tasks")["items"]
@@ -8190,9 +8191,30 @@ def test_chat_refuses_an_answer_that_comes_too_late(
             assert client.post(f"{path}/cancel").status_code == 202
         why = "not found" if gone == "deleted" else "is not open"
         assert why in says("red")["error"]
+        if package == "ai":
+            assert why in says("", "regenerate")["error"]
         assert says("paint it").get("error") is None
         assert prompts(client)[-1] == "paint it"
         assert "red" not in prompts(client)
+
+
+@pytest.mark.parametrize("package", CHAT_PACKAGES)
+def test_chat_refuses_an_answer_to_a_deleted_task_that_said_nothing(
+    tmp_path: Path, package: str
+) -> None:
+    """Of which an AG-UI client shows no message."""
+
+    def runner(run: Run) -> None:
+        run.ask("Which?")
+
+    with live(runner, tmp_path) as client, chatting(client, tmp_path / "n", package) as says:
+        says("paint")
+        (task,) = client.get("/api/tasks")["items"]
+        assert client.http.delete(f"/api/tasks/{task['id']}").status_code == 204
+        assert "not found" in says("red")["error"]
+        assert prompts(client) == []
+        assert says("draw").get("error") is None
+        assert prompts(client) == ["draw"]
 
 
 @pytest.mark.parametrize("package", CHAT_PACKAGES)
@@ -8329,6 +8351,51 @@ def test_conversation_that_finds_no_room_leaves_no_task(tmp_path: Path) -> None:
         assert client.http.get("/api/chat/c/stream").status_code == 204
         blank = RawConversation(client, "/ag-ui").post(1, " ")
         assert "the text of the user's last message must be 1 to" in blank.text
+
+
+@pytest.mark.parametrize("path", PROTOCOL_PATHS)
+def test_conversations_that_find_no_room_at_once_leave_no_task(tmp_path: Path, path: str) -> None:
+    """With SQLite, where others come between the look for room and the task."""
+    team = Gate()
+    with live(team, tmp_path, max_running=1, max_waiting=1, db=tmp_path / "t.db") as client:
+
+        def ask(number: int) -> int:
+            body = {"id": f"c{number}", "threadId": f"c{number}"}
+            return RawConversation(client, path).post(1, "build", **body).status_code
+
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(ask, number) for number in range(12)]
+            wait_until(lambda: sum(each.done() for each in asked) == 10)
+            team.go.set()
+            statuses = sorted(each.result() for each in asked)
+        assert statuses == [200] * 2 + [429] * 10
+        assert client.get("/healthz")["tasks"] == {"SUCCEEDED": 2}
+
+
+def test_conversation_begins_nothing_that_it_cannot_show(tmp_path: Path) -> None:
+    """Where nobody more may watch, no task is created and no question answered."""
+    with live(painter, tmp_path, max_sockets=1) as client:
+        chat = RawConversation(client, "/api/chat")
+        chat.says(1, "paint")
+        (task,) = client.get("/api/tasks")["items"]
+        with client.socket(task["id"]) as websocket:
+            websocket.recv()
+            for path in PROTOCOL_PATHS:
+                refused = RawConversation(client, path).post(2, "red")
+                assert (refused.status_code, "max_sockets" in refused.text) == (503, True)
+        assert client.get("/api/tasks")["total"] == 1
+        assert chat.says(2, "red") == "red. How large? "
+
+
+def test_cancelled_task_takes_no_answer(tmp_path: Path) -> None:
+    """Not even before its run has ended."""
+    with live(painter, tmp_path) as client:
+        for _ in range(5):
+            watcher = client.follow(client.create())
+            question = asked(watcher)
+            client.post(f"/api/tasks/{watcher.task_id}/cancel")
+            assert answer(client, watcher.task_id, question, "red").status_code == 409
+            watcher.join()
 
 
 def test_ag_ui_tells_steps_of_one_name_apart(tmp_path: Path) -> None:
