@@ -7997,16 +7997,23 @@ async def get_chat(request: Request) -> Response:
     return TranslatedStream(supervisor, turn, AISDKTranslator(turn.task_id, turn.id))
 
 
+AGUI_MESSAGE_ID = re.compile("([0-9a-f]{32})-[0-9]+")  # of a part: its task's, and its event's
+
+
 async def post_ag_ui(request: Request) -> Response:
     """AG-UI's: runs a team on the message of a thread's user."""
     supervisor = _supervisor(request)
     body = await _json_object(request, supervisor.settings, MOST_HISTORY)
     thread_id = parse_text(body, "threadId", MOST_ID)
     run_id = parse_text(body, "runId", MOST_ID)
-    message = _user_message(body, f"ag-ui:{thread_id}", run_id)._replace(
-        shown_task=_string_at(body, "state", "task_id"),
-        shown_question=_string_at(body, "state", "question", "question_id"),
-    )
+    message = _user_message(body, f"ag-ui:{thread_id}", run_id)
+    shown_task = _string_at(body, "state", "task_id")
+    shown_question = _string_at(body, "state", "question", "question_id")
+    before = AGUI_MESSAGE_ID.fullmatch(_string_at(message.history[-2:-1], 0, "id") or "")
+    if before and before[1] != shown_task:  # a history that was cut: the state is of later
+        shown_task = before[1]
+        shown_question = None
+    message = message._replace(shown_task=shown_task, shown_question=shown_question)
     forwarded = body.get("forwardedProps") or {}
     if not isinstance(forwarded, dict):
         raise InvalidRequest(f"forwardedProps must be an object, not {kind_of(forwarded)}")
@@ -9839,8 +9846,15 @@ function ask(mine, question) {
   if (!question) return $("question").replaceChildren();
   const {question_id, agent_role, message, choices, free_text} = question;
   const asker = spaced(agent_role || "The team");
-  const send = answer => mine.sending ||=  // one answer, however often one clicks
-    attempt(post(path(mine.id, "/answers"), {question_id, answer})).then(() => mine.sending = null);
+  const send = answer => {
+    if (mine.answered === question_id) return;  // one answer, however often one clicks
+    mine.answered = question_id;
+    const posted = post(path(mine.id, "/answers"), {question_id, answer});
+    attempt(posted.catch(error => {
+      mine.answered = "";
+      throw error;
+    }));
+  };
   const field = el("textarea", {id: "answer", placeholder: "Your answer, in your own words"});
   const free = [field, el("button", {onclick: () => send(field.value)}, "Answer")];
   const buttons = (choices || []).map(each => el("button", {onclick: () => send(each)}, each));

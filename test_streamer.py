@@ -8303,6 +8303,29 @@ def test_ag_ui_gives_a_long_history_back_whole(tmp_path: Path) -> None:
         assert first.splitlines()[-2] == second.splitlines()[-2]
 
 
+def test_ag_ui_gives_an_answer_its_turn_again_after_a_later_task(tmp_path: Path) -> None:
+    """By the history, which was cut behind it; the state is the later task's, and asks."""
+    with live(painter, tmp_path) as client:
+        chat = RawConversation(client, "/ag-ui")
+        (text_id,) = set(re.findall(r'"messageId":"([^"]*)"', chat.post(1, "paint").text))
+        chat.says(2, "red")
+        chat.says(3, "as a house")
+        chat.says(4, "draw")
+        first, second = prompts(client)
+        state = client.get(f"/api/tasks/{client.get('/api/tasks')['items'][0]['id']}/state")
+        history = [
+            {"id": "m1", "role": "user", "content": "paint"},
+            {"id": text_id, "role": "assistant", "content": "Which colour? "},
+            {"id": "m2", "role": "user", "content": "red"},
+        ]
+        for run_id in ("r2", "r9"):
+            again = {"messages": history, "state": state, "runId": run_id}
+            assert chat.says(2, "red", **again) == "red. How large? "
+        assert (first, second) == tuple(prompts(client))
+        log = whole_log(client, state["task_id"])
+        assert "ANSWER" not in [event["event_type"] for event in log]
+
+
 @pytest.mark.parametrize("db", [None, "tasks.db"])
 def test_ag_ui_starts_one_task_for_a_message(tmp_path: Path, db: str | None) -> None:
     """However many runs ask for it at once; another run asks again once it has ended."""
@@ -9568,9 +9591,13 @@ def test_page_asks_what_the_team_asks(tmp_path: Path, chromium: Any) -> None:
         page.keyboard.press("Enter")
         page.wait_for_selector("#question:has-text('The team asks you'):has-text('More?')")
         assert page.locator("#answer").count() == 0
+        posted: list[str] = []
+        page.on("request", lambda request: posted.append(request.method))
         page.focus("#question button")
         page.keyboard.press("Space")
+        page.keyboard.press("Space")
         page.wait_for_selector("#status.SUCCEEDED")
+        assert posted.count("POST") == 1
         assert not page.is_visible("#question")
         assert page.locator("#feed > li:has-text('You answered'):has-text('مرحبا')").count() == 1
         (task,) = client.get("/api/tasks")["items"]
