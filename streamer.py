@@ -877,12 +877,12 @@ class TaskState(NamedTuple):
             elif draft.type is EventType.ANSWER and question is not None:
                 message_id = json.loads(draft.payload).get("message_id")
                 if message_id is not None:
-                    answers = {**answers, message_id: question["event_id"]}
+                    known = [*answers.items(), (message_id, question["event_id"])]
+                    answers = dict(known[-MOST_ANSWERS:])
                 question = None
             if draft.type not in (EventType.TOKEN, EventType.REASONING, EventType.LOG):
                 values["last_message"] = draft.message
-        newest = list(answers.items())[-MOST_ANSWERS:]
-        values |= {"question": question, "answers": dict(newest), **changes}
+        values |= {"question": question, "answers": answers, **changes}
         if "progress" in changes:  # never falls while a run lasts
             progress = round(min(changes["progress"], 1.0), 3)
             values["progress"] = max(self.progress, progress)
@@ -7934,7 +7934,9 @@ async def _next_turn(
     if again or own is None or own.task.origin != origin:
         latest_id = await supervisor.store.latest(origin.conversation)
         latest = await _find(supervisor, latest_id)
-        shown = await _find(supervisor, message.shown_task)
+        shown = latest
+        if message.shown_task != latest_id:
+            shown = await _find(supervisor, message.shown_task)
         records = [record for record in (own, shown, latest) if record is not None]
         turn = _existing_turn(origin.message_id, records, again)
         if turn is not None:
